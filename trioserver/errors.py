@@ -57,6 +57,11 @@ class RedisRefused(RedisError):  # noqa: N818 - reads as the state it reports
 class AuthError(TrioserverError):
     """A token was refused. The text is for the log; clients get one generic sentence."""
 
+    def __init__(self, problem: str, *, outcome: str = "invalid") -> None:
+        super().__init__(problem)
+        self.outcome = outcome
+        """Label of ``auth_total``: ``invalid`` or ``expired``."""
+
 
 @attrs.frozen
 class ClientError(TrioserverError):

@@ -1,0 +1,120 @@
+"""Health: the shapes that monitors know, and small responses that any HTTP client reads."""
+
+import http.client
+import io
+import json
+
+import attrs
+import pytest
+
+from trioserver import health
+from trioserver.health import Health
+
+NOW = 1737450000.987
+"""2025-01-21T09:00:00Z, and a bit."""
+
+HEALTHY = Health(
+    ready=True, redis_ping_seconds=0.001234, connections=1234, users=890, uptime_seconds=3600.9
+)
+
+
+class _Wire:
+    """Lets `http.client` read a response from bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def makefile(self, mode: str) -> io.BytesIO:
+        return io.BytesIO(self.data)
+
+
+def parse(data: bytes, method: str = "GET") -> http.client.HTTPResponse:
+    """Return the response that an independent client sees."""
+    response = http.client.HTTPResponse(_Wire(data), method=method)  # type: ignore[arg-type]
+    response.begin()
+    return response
+
+
+def test_healthy_has_exactly_the_known_shape() -> None:
+    """A healthy pool answers 200 with the fields and words that monitors expect."""
+    assert HEALTHY.status == 200
+    assert json.loads(HEALTHY.body(NOW)) == {
+        "status": "healthy",
+        "timestamp": "2025-01-21T09:00:00Z",
+        "redis": {"status": "connected", "ping_ms": 1.23},
+        "websocket": {"active_connections": 1234, "total_unique_users": 890},
+        "uptime_seconds": 3600,
+    }
+
+
+def test_without_redis_it_is_degraded() -> None:
+    """Redis away: 503, ``degraded``, and the reason in place of the ping time."""
+    degraded = attrs.evolve(HEALTHY, redis_ping_seconds=None, redis_error="connection timeout")
+
+    assert degraded.status == 503
+    body = json.loads(degraded.body(NOW))
+    assert body["status"] == "degraded"
+    assert body["redis"] == {"status": "disconnected", "error": "connection timeout"}
+
+
+def test_not_ready_is_degraded() -> None:
+    """A pool that cannot serve is degraded, however well Redis is."""
+    degraded = attrs.evolve(HEALTHY, ready=False)
+
+    assert degraded.status == 503
+    assert json.loads(degraded.body(NOW))["status"] == "degraded"
+    assert json.loads(degraded.body(NOW))["redis"]["status"] == "connected"
+
+
+def test_readiness_says_why_not() -> None:
+    """``why`` is there exactly when it is not ready."""
+    assert json.loads(health.readiness_body(ready=True, why="ignored")) == {"ready": True}
+    assert json.loads(health.readiness_body(ready=False, why="draining")) == {
+        "ready": False,
+        "why": "draining",
+    }
+
+
+def test_liveness_is_a_word() -> None:
+    """The loop turns: that is all there is to say."""
+    assert json.loads(health.liveness_body()) == {"status": "ok"}
+
+
+def test_a_problem_names_its_status() -> None:
+    """Errors are RFC 9457 problems; a detail is there if there is one."""
+    assert json.loads(health.problem_body(404)) == {
+        "type": "about:blank",
+        "title": "Not Found",
+        "status": 404,
+    }
+    assert json.loads(health.problem_body(599, "Who knows."))["detail"] == "Who knows."
+
+
+@pytest.mark.parametrize("status", [200, 503, 599])
+def test_a_small_response_is_whole(status: int) -> None:
+    """Any HTTP client reads status, type and body, and knows that the connection ends."""
+    response = parse(health.small_response(status, b'{"a":1}', health.JSON))
+
+    assert response.status == status
+    assert response.read() == b'{"a":1}'
+    assert response.headers["Content-Type"] == "application/json"
+    assert response.headers["Content-Length"] == "7"
+    assert response.headers["Connection"] == "close"
+    assert response.headers["Cache-Control"] == "no-store"
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_the_answer_to_head_has_no_body() -> None:
+    """HEAD gets the same headers, and nothing after them."""
+    whole = health.small_response(200, b"body", "text/plain")
+    head = health.small_response(200, b"body", "text/plain", head=True)
+
+    assert head == whole.removesuffix(b"body")
+    assert parse(head, "HEAD").headers["Content-Length"] == "4"
+
+
+def test_further_headers_are_added() -> None:
+    """The caller may add headers, such as Retry-After."""
+    response = parse(health.small_response(503, b"", "text/plain", headers={"Retry-After": "5"}))
+
+    assert response.headers["Retry-After"] == "5"

@@ -1,0 +1,567 @@
+"""One WebSocket connection, from the 101 answer to the last byte.
+
+Two halves meet here. The pump calls the synchronous half: bytes came, the socket is writable, a
+moment on the timer wheel is due. The connection's own task, in its own nursery, does whatever
+awaits: following the user's topic in Redis, waiting for credentials, the close handshake. The
+end of the task is the end of the connection, and cancelling its nursery is how it is ended.
+
+Life
+    nameless    no credential yet; nothing but ``auth`` is processed
+    corked      subscribed in the hub, but what is offered waits: ``connection_established``
+                has to come first
+    live        frames go out as they come
+    leaving     a `CloseReason` is set; nothing more is offered or processed. The farewell
+                (goodbye and Close frame) goes out, the client's Close frame is awaited
+    lingering   the socket is the pump's (`pump.Linger`), the connection is gone
+
+Rules
+    * `Connection.end` may be called from anywhere, at any time, any number of times: the first
+      reason counts. It is synchronous: after it returns, the hub does not know the connection.
+    * Expected ends are values (`CloseReason`), bugs are exceptions: they end this connection
+      with 1011, are logged with their traceback, and go no further.
+    * A client that does not read its answers is not read (`Outbox.crowded`).
+    * Each deadline is one entry on the wheel, the nearest; `Connection.due` asks all of them.
+"""
+
+import math
+import random
+import socket
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import attrs
+import trio
+
+from trioserver import frames, messages, session
+from trioserver.auth import Claims, Verifier
+from trioserver.clock import Stamp
+from trioserver.errors import AuthError, CloseReason
+from trioserver.hub import Hub
+from trioserver.metrics import Tally
+from trioserver.outbox import Outbox, OutboxLimits
+from trioserver.pump import READ, WRITE, Pump
+from trioserver.timers import IDLE
+
+READ_BYTES: Final = 16 << 10
+"""Bytes taken from a socket in one turn: a bound on the work one client can ask for at once."""
+
+MESSAGE_SECONDS: Final = 10.0
+"""Time for a message to arrive whole, from its first byte."""
+
+FOLLOW_SECONDS: Final = 5.0
+"""How long ``connection_established`` waits for Redis before it says ``unavailable``."""
+
+CLOSE_SECONDS: Final = 5.0
+"""Time for the farewell to go out and the client's Close frame to come back."""
+
+SLOW_CLOSE_SECONDS: Final = 1.0
+"""The same for a client that was too slow: its farewell queues behind what it does not read."""
+
+JITTER: Final = 0.1
+"""Pings and heartbeats come at their interval ± this share, so that they spread out."""
+
+RECONNECT_JITTER_MS: Final = 1000
+"""``reconnect_in_ms`` of an unplanned goodbye: at random up to this."""
+
+
+class Pending(Protocol):
+    """Topics asked for and not confirmed yet."""
+
+    async def wait(self) -> None:
+        """Return when they are confirmed."""
+
+
+class Follower(Protocol):
+    """Who asks Redis for topics; both synchronous and idempotent."""
+
+    def follow(self, channel: bytes) -> Pending | None:
+        """Ask for a topic; None if it is confirmed already."""
+
+    def release(self, channel: bytes) -> None:
+        """Let go of a topic, lazily."""
+
+
+@attrs.frozen(kw_only=True)
+class Pace:
+    """The intervals and deadlines of a connection, in seconds; 0 turns each off."""
+
+    ping_interval: float
+    pong_wait: float
+    heartbeat_interval: float
+    idle_timeout: float
+    """Ends silent connections, but only when there are no pings: their answers are enough."""
+    write_wait: float
+    """How long a client may take nothing of what waits for it."""
+    auth_timeout: float
+
+
+@attrs.define(eq=False, kw_only=True)
+class Shared:
+    """What all connections of a worker share."""
+
+    pump: Pump
+    hub: Hub
+    follower: Follower
+    verifier: Verifier
+    tally: Tally
+    pace: Pace
+    outbox_limits: OutboxLimits
+    max_message: int
+    user_topic: Callable[[str], bytes]
+    broadcast_topic: bytes
+    wall: Callable[[], float]
+    """Seconds since 1970."""
+    log_bug: Callable[[str, BaseException], None]
+    """Called with what was being done and the bug."""
+    log_end: Callable[["Connection", CloseReason], None]
+    stamp: Stamp = attrs.field(factory=Stamp)
+    random: random.Random = attrs.field(factory=random.Random)
+
+    def jittered(self, interval: float) -> float:
+        """Return ``interval`` ± `JITTER`."""
+        return interval * (1 + JITTER * (2 * self.random.random() - 1))
+
+
+class Connection:
+    """One client's WebSocket.
+
+    Args:
+        shared: Of the worker.
+        sock: Non-blocking; registered in the pump for this connection.
+        connection_id: Unique in the fleet; shown to the client and in the logs.
+        greeting: The 101 answer, not sent yet.
+        claims: Of the credential in the handshake, or None if one must follow as a message.
+        early: Bytes that came behind the request head.
+    """
+
+    __slots__ = (
+        "_beat_at",
+        "_claims",
+        "_decoder",
+        "_early",
+        "_event",
+        "_greeting",
+        "_heard",
+        "_interest",
+        "_message_since",
+        "_opened",
+        "_outbox",
+        "_peer_code",
+        "_peer_done",
+        "_ping_at",
+        "_progress_at",
+        "_scope",
+        "_session",
+        "_shared",
+        "_sock",
+        "bucket",
+        "connection_id",
+        "fd",
+        "reason",
+    )
+
+    def __init__(
+        self,
+        shared: Shared,
+        sock: socket.socket,
+        connection_id: str,
+        greeting: bytes,
+        claims: Claims | None,
+        early: bytes = b"",
+    ) -> None:
+        now = shared.pump.now
+        self._shared = shared
+        self._sock = sock
+        self.fd = sock.fileno()
+        self.bucket = IDLE
+        self.connection_id = connection_id
+        self.reason: CloseReason | None = None
+        """Why the connection ends; None while it lives."""
+        self._outbox = Outbox(sock, shared.outbox_limits, self)
+        self._decoder = frames.Decoder(shared.max_message)
+        self._session = session.Session(claims.user if claims else None)
+        self._claims = claims
+        self._greeting = greeting
+        self._early = early
+        self._scope: trio.CancelScope | None = None
+        self._event: trio.Event | None = None
+        """What the task waits for, where it waits for the pump's half."""
+        self._interest = READ
+        self._peer_done = False
+        """Whether the client has said its last."""
+        self._peer_code = b""
+        """The code in the client's Close frame, as on the wire; it is echoed."""
+        self._opened = self._heard = now
+        self._message_since: float | None = None
+        self._progress_at = math.inf
+        pace = shared.pace
+        self._ping_at = now + shared.jittered(pace.ping_interval or math.inf)
+        self._beat_at = now + shared.jittered(pace.heartbeat_interval or math.inf)
+
+    # The task's half: everything that awaits.
+
+    async def run(self) -> None:
+        """Serve the client until the connection ends, for whatever reason; never raises a bug.
+
+        Cancellation:
+            Ends the connection with a farewell that is sent but not waited for.
+        """
+        self._shared.tally.connections += 1
+        self._shared.tally.opened += 1
+        try:
+            try:
+                async with trio.open_nursery() as nursery:
+                    self._scope = nursery.cancel_scope
+                    # The pump may have ended the connection before this task had its first turn.
+                    if self.reason is None:
+                        await self._serve()
+            except* Exception as bugs:  # noqa: BLE001 - one connection's bug is its own end
+                self._shared.log_bug("connection", bugs)
+                self.end(CloseReason.INTERNAL_ERROR)
+            finally:
+                self._scope = None
+            await self._farewell()
+        finally:
+            self._release()
+
+    async def _serve(self) -> None:
+        self._shared.pump.wheel.schedule(self, self._next_moment())
+        if self._session.user is None:
+            self._outbox.offer(self._take_greeting())
+            self._receive_early()
+            if self._session.user is None:
+                self._event = trio.Event()
+                await self._event.wait()
+        await self._go_live()
+        await trio.sleep_forever()
+
+    async def _go_live(self) -> None:
+        """Subscribe, then say so: a notification published after that arrives."""
+        user = self._session.user
+        if user is None or self.reason is not None:
+            return
+        shared = self._shared
+        outbox = self._outbox
+        if not outbox.empty:
+            # Nameless, and it does not even read what was wrong with its messages.
+            self.end(CloseReason.TOO_SLOW)
+            return
+        outbox.cork()
+        topic = shared.user_topic(user)
+        if shared.hub.add(topic, outbox):
+            shared.tally.users += 1
+        shared.hub.add(shared.broadcast_topic, outbox)
+        pending = shared.follower.follow(topic)
+        unavailable = None
+        self._receive_early()
+        if pending is not None:
+            # The client need not wait for Redis to know that it is connected.
+            if not outbox.send_past_cork(self._take_greeting()):
+                self.end(CloseReason.PEER_LOST)
+            with trio.move_on_after(FOLLOW_SECONDS) as scope:
+                await pending.wait()
+            if scope.cancelled_caught:
+                unavailable = "unavailable"
+        if self.reason is None:
+            outbox.uncork(
+                self._take_greeting() + frames.encode_text(self._established(unavailable))
+            )
+            if outbox.empty:
+                self._watch(READ)
+
+    def _take_greeting(self) -> bytes:
+        """Return the 101 answer if it has not been sent, else nothing."""
+        greeting, self._greeting = self._greeting, b""
+        return greeting
+
+    def _receive_early(self) -> None:
+        """Process what came behind the request head."""
+        early, self._early = self._early, b""
+        if early:
+            self._receive(early)
+
+    def _established(self, reason: str | None) -> bytes:
+        shared = self._shared
+        claims = self._claims
+        assert claims is not None  # noqa: S101 - for the type checker: it has a user
+        self._claims = None
+        return messages.encode(
+            messages.ConnectionEstablished(
+                connection_id=self.connection_id,
+                user=claims.user,
+                resumed=False,
+                count=self._session.count,
+                heartbeat_seconds=shared.pace.heartbeat_interval,
+                expires_in=max(0, int(claims.expires_at - shared.wall())),
+                server_time=shared.stamp(),
+                reason=reason,
+            )
+        )
+
+    async def _farewell(self) -> None:
+        """Wait, for a bounded time, until all is said and the client has closed."""
+        if self._settled():
+            return
+        slow = self.reason is CloseReason.TOO_SLOW
+        self._event = trio.Event()
+        with trio.move_on_after(SLOW_CLOSE_SECONDS if slow else CLOSE_SECONDS):
+            await self._event.wait()
+
+    def _settled(self) -> bool:
+        return self.reason is CloseReason.PEER_LOST or (self._outbox.empty and self._peer_done)
+
+    def _release(self) -> None:
+        """Give everything back. The socket goes to the pump, to be closed without RST."""
+        shared = self._shared
+        self.end(CloseReason.GOING_AWAY)  # Only a cancelled task has no reason yet.
+        reason = self.reason or CloseReason.GOING_AWAY
+        shared.pump.wheel.cancel(self)
+        self._outbox.abandon()
+        if reason is CloseReason.PEER_LOST:
+            shared.pump.forget(self)
+            self._sock.close()
+        else:
+            shared.pump.linger(self._sock, self)
+        shared.tally.connections -= 1
+        shared.tally.closed(reason, shared.pump.now - self._opened)
+        shared.log_end(self, reason)
+
+    # The pump's half: nothing here awaits.
+
+    def end(self, reason: CloseReason, *, reconnect_in_ms: int | None = None) -> None:
+        """End the connection for ``reason``; idempotent, the first reason counts.
+
+        Args:
+            reason: Why; decides the close code.
+            reconnect_in_ms: What to tell the client; by default a small random time.
+        """
+        if self.reason is not None:
+            return
+        self.reason = reason
+        self._session.closed = True
+        self._leave_hub()
+        outbox = self._outbox
+        if reason is CloseReason.PEER_LOST:
+            outbox.abandon()
+        elif reason is CloseReason.PEER_CLOSED:
+            outbox.finish(self._take_greeting() + frames.encode(frames.CLOSE, self._peer_code))
+        else:
+            outbox.finish(
+                self._take_greeting() + self._goodbye(reason, reconnect_in_ms),
+                drop=reason is CloseReason.TOO_SLOW,
+            )
+        if not self._peer_done:
+            # It may not have been read for a while; now its Close frame matters.
+            self._watch(self._interest | READ)
+        if self._scope is not None:
+            self._scope.cancel()
+
+    def _goodbye(self, reason: CloseReason, reconnect_in_ms: int | None) -> bytes:
+        if reconnect_in_ms is None:
+            reconnect_in_ms = self._shared.random.randrange(RECONNECT_JITTER_MS)
+        goodbye = messages.Goodbye(
+            reason.label, reason.reconnect, reconnect_in_ms if reason.reconnect else 0
+        )
+        return frames.encode_text(messages.encode(goodbye)) + frames.encode_close(
+            reason.code, reason.text
+        )
+
+    def _leave_hub(self) -> None:
+        user = self._session.user
+        if user is None:
+            return
+        shared = self._shared
+        topic = shared.user_topic(user)
+        if shared.hub.remove(topic, self._outbox):
+            shared.tally.users -= 1
+            shared.follower.release(topic)
+        shared.hub.remove(shared.broadcast_topic, self._outbox)
+
+    def readable(self) -> None:
+        """Take what the client sent, at most `READ_BYTES` of it."""
+        try:
+            data = self._sock.recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self._receive(data)
+        else:
+            self.hung_up()
+
+    def _receive(self, data: bytes) -> None:
+        shared = self._shared
+        now = shared.pump.now
+        self._heard = now
+        shared.tally.bytes_in += len(data)
+        decoder = self._decoder
+        verdict = self._process(decoder.receive(data), now)
+        if verdict is None and decoder.failure is not None:
+            verdict = decoder.failure
+            self._peer_done = True
+        if verdict is not None:
+            self.end(verdict)
+            self._check_settled()
+        elif not decoder.incomplete:
+            self._message_since = None
+        elif self._message_since is None:
+            self._message_since = now
+            shared.pump.wheel.hasten(self, now + MESSAGE_SECONDS)
+        if self.reason is None and self._outbox.crowded:
+            self._watch(0 if self._outbox.corked else WRITE)
+
+    def _process(self, events: list[frames.Event], now: float) -> CloseReason | None:
+        """Answer what came in one read; return how the connection ends, if it does."""
+        replies: list[bytes] = []
+        verdict = ping = None
+        for opcode, payload in events:
+            if opcode == frames.TEXT:
+                self._message_since = None
+                verdict = self._text(payload, now, replies)
+            elif opcode == frames.PING:
+                ping = payload
+            elif opcode == frames.BINARY:
+                verdict = CloseReason.UNSUPPORTED_DATA
+            elif opcode == frames.CLOSE:
+                self._peer_code = payload[:2]
+            if verdict is not None:
+                break
+        if ping is not None:
+            # RFC 6455 5.5.3: of several pings only the latest needs its pong.
+            replies.append(frames.encode(frames.PONG, ping))
+        if replies:
+            # One write for all that one read has asked for.
+            self._outbox.offer(b"".join(replies) if len(replies) > 1 else replies[0])
+        return verdict
+
+    def _text(self, payload: bytes, now: float, replies: list[bytes]) -> CloseReason | None:
+        """Perform what the session decides; return how the connection ends, if it does."""
+        shared = self._shared
+        shared.tally.messages_in += 1
+        match self._session.receive(payload, now, shared.stamp()):
+            case session.Send(data):
+                replies.append(frames.encode_text(data))
+                shared.tally.messages_out += 1
+            case session.SendError(data, code):
+                replies.append(frames.encode_text(data))
+                shared.tally.error(code)
+            case session.Authenticate(token):
+                return self._authenticate(token)
+            case session.Close(reason):
+                return reason
+        return None
+
+    def _authenticate(self, token: str) -> CloseReason | None:
+        shared = self._shared
+        try:
+            claims = shared.verifier.verify(token, shared.wall())
+        except AuthError as error:
+            shared.tally.auth[error.outcome] += 1
+            return CloseReason.UNAUTHORIZED
+        shared.tally.auth["ok"] += 1
+        self._claims = claims
+        self._session.authenticated(claims.user)
+        if self._event is not None:
+            self._event.set()
+        return None
+
+    def writable(self) -> None:
+        """Send what waited."""
+        outbox = self._outbox
+        if outbox.flush():
+            self._progress_at = self._shared.pump.now
+        if outbox.empty:
+            self._progress_at = math.inf
+            self._watch(READ)
+            self._check_settled()
+
+    def hung_up(self) -> None:
+        """Note that the client is gone."""
+        self._peer_done = True
+        self.end(CloseReason.PEER_LOST)
+        # In the middle of leaving, an end without a Close frame is an end all the same; what
+        # could not be flushed never will be.
+        self._outbox.abandon()
+        self._watch(0)
+        if self._event is not None:
+            self._event.set()
+
+    def failed(self, bug: Exception) -> None:  # noqa: ARG002 - logged by the pump
+        """End after a bug in one of these callbacks."""
+        self.end(CloseReason.INTERNAL_ERROR)
+
+    def blocked(self) -> None:
+        """Note that the outbox waits for the socket."""
+        pump = self._shared.pump
+        self._progress_at = pump.now
+        self._watch(self._interest | WRITE)
+        if self._shared.pace.write_wait:
+            pump.wheel.hasten(self, pump.now + self._shared.pace.write_wait)
+
+    def overflowed(self) -> None:
+        """End a client that does not keep up."""
+        self.end(CloseReason.TOO_SLOW)
+
+    def broke(self) -> None:
+        """Note that the socket failed while writing."""
+        self.hung_up()
+
+    def _watch(self, interest: int) -> None:
+        if interest != self._interest:
+            self._interest = interest
+            self._shared.pump.watch(self, interest)
+
+    def _check_settled(self) -> None:
+        if self.reason is not None and self._event is not None and self._settled():
+            self._event.set()
+
+    # Time.
+
+    def due(self, now: float) -> None:
+        """Do what the clock asks for: deadlines first, then signs of life."""
+        if self.reason is not None:
+            return
+        reason = self._overdue(now)
+        if reason is not None:
+            self.end(reason)
+            return
+        signs = b""
+        pace = self._shared.pace
+        live = not self._outbox.corked
+        if now >= self._ping_at:
+            self._ping_at = now + self._shared.jittered(pace.ping_interval)
+            signs = frames.encode(frames.PING, b"") if live else b""
+        if now >= self._beat_at:
+            self._beat_at = now + self._shared.jittered(pace.heartbeat_interval)
+            if live:
+                beat = messages.Heartbeat(self._shared.stamp())
+                signs = frames.encode_text(messages.encode(beat)) + signs
+        if signs:
+            self._outbox.offer(signs)
+        if self.reason is None:
+            self._shared.pump.wheel.schedule(self, self._next_moment())
+
+    def _overdue(self, now: float) -> CloseReason | None:
+        for moment, reason in self._deadlines():
+            if now >= moment:
+                return reason
+        return None
+
+    def _deadlines(self) -> list[tuple[float, CloseReason]]:
+        """Return until when what must have happened, and how the connection ends if not."""
+        pace = self._shared.pace
+        deadlines = [(self._progress_at + (pace.write_wait or math.inf), CloseReason.TOO_SLOW)]
+        if self._session.user is None:
+            patience = pace.auth_timeout or math.inf
+            deadlines.append((self._opened + patience, CloseReason.AUTH_TIMEOUT))
+        if self._message_since is not None:
+            deadlines.append((self._message_since + MESSAGE_SECONDS, CloseReason.POLICY))
+        silence = pace.pong_wait if pace.ping_interval else pace.idle_timeout
+        if silence:
+            deadlines.append((self._heard + silence, CloseReason.NO_PONG))
+        return deadlines
+
+    def _next_moment(self) -> float:
+        nearest = min(moment for moment, _ in self._deadlines())
+        return min(nearest, self._ping_at, self._beat_at)

@@ -1,0 +1,72 @@
+"""From the subscription to the outboxes: each notification is parsed and encoded once, here.
+
+`Delivery.receive` is what the subscription calls with every message. It is synchronous for a
+user's own topic, which has a handful of outboxes. For a broadcast it returns the fan-out to be
+awaited, which the subscription does before it looks at the next message: so order holds, and the
+loop has its turn every `OFFERS_PER_TURN` outboxes.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import attrs
+import trio
+
+from trioserver import frames, messages
+from trioserver.clock import Stamp
+from trioserver.hub import Hub
+from trioserver.metrics import Tally
+
+OFFERS_PER_TURN: Final = 256
+"""Writes between two checkpoints of a fan-out: about 1 ms."""
+
+
+@attrs.define(eq=False, kw_only=True)
+class Delivery:
+    """Brings what is published to the connections of this worker."""
+
+    hub: Hub
+    tally: Tally
+    broadcast_topic: bytes
+    max_payload: int
+    """Bytes of a notification's payload; 0 means no limit."""
+    log_malformed: Callable[[bytes, str], None]
+    """Called with the topic and what is wrong; limits its own rate."""
+    stamp: Stamp = attrs.field(factory=Stamp)
+
+    def receive(self, topic: bytes, data: bytes) -> Awaitable[None] | None:
+        """Deliver one publication; return what remains to be awaited, if anything.
+
+        A publication that is no notification is counted and logged, and that is all.
+        """
+        hub = self.hub
+        if topic not in hub:
+            # Released and still subscribed for a moment: nobody here wants it.
+            return None
+        try:
+            notification = messages.notification_from_raw(data, self.stamp(), self.max_payload)
+        except messages.BadPublish as problem:
+            self.tally.notifications_malformed += 1
+            self.log_malformed(topic, str(problem))
+            return None
+        frame = frames.encode_text(notification)
+        if topic == self.broadcast_topic:
+            return self._fan_out(topic, frame)
+        accepted, refused = hub.deliver(topic, frame)
+        self._count(accepted, refused)
+        return None
+
+    async def _fan_out(self, topic: bytes, frame: bytes) -> None:
+        """Offer ``frame`` to a snapshot of ``topic``, in turns."""
+        outboxes = self.hub.outboxes(topic)
+        for start in range(0, len(outboxes), OFFERS_PER_TURN):
+            turn = outboxes[start : start + OFFERS_PER_TURN]
+            accepted = sum([outbox.offer(frame) for outbox in turn])
+            self._count(accepted, len(turn) - accepted)
+            await trio.lowlevel.checkpoint()
+
+    def _count(self, accepted: int, refused: int) -> None:
+        tally = self.tally
+        tally.notifications_delivered["ephemeral"] += accepted
+        tally.messages_out += accepted
+        tally.failed += refused

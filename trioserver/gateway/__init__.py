@@ -1,0 +1,14 @@
+"""The gateway: everything HTTP that is not a WebSocket, on the internal port.
+
+It has a process of its own, so that health and metrics are answered whatever the workers do, and it
+keeps no state: whether the pool is ready is asked of the supervisor, what was counted is read from
+the metric files of all processes.
+
+    __main__      what the supervisor starts: settings, signals, order of start and end
+    serve         Hypercorn, kept running, and its end with a deadline
+    front         around every request: limits, request id, access log, counting
+    app           the routes
+    probe         one question for all who ask at the same time
+    redis_watch   whether Redis answers
+    metrics_page  metric files in, pages out
+"""

@@ -1,0 +1,214 @@
+"""The routes of the internal port.
+
+    GET /healthz   this process turns; says nothing about anybody else
+    GET /readyz    the pool could serve a client now, else 503 and why
+    GET /health    the pool, Redis and counts, for people and dashboards; 503 if degraded
+    GET /metrics   Prometheus's text, or JSON for those who ask for it
+
+Everything else is a 404 or 405 as problem details (RFC 9457).
+
+Readiness is the supervisor's word, asked for at most ten times a second however many ask us: a slot
+without an owner, a stop under way and a dead worker are known there first. What cannot be known is
+"not ready". Connections are the supervisor's sum of the workers' beats; users are added up from the
+metric files, because beats do not carry them: both are about a second old at most. Somebody who is
+connected to two workers counts twice.
+"""
+
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+
+import attrs
+import trio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from trioserver import health
+from trioserver.gateway import metrics_page
+from trioserver.gateway.metrics_page import Scrape
+from trioserver.gateway.probe import Probe
+from trioserver.status import StatusReply
+
+UNAVAILABLE = HTTPStatus.SERVICE_UNAVAILABLE
+
+_MAX_REASONS = 5
+"""Workers named in ``why``; more would only make a longer line."""
+
+
+@attrs.frozen(kw_only=True)
+class RedisPing:
+    """How the last ping of Redis went."""
+
+    seconds: float | None
+    """Until it was answered; None if it was not."""
+
+    error: str = ""
+    """Why it was not, without credentials."""
+
+
+@attrs.frozen(kw_only=True)
+class Sources:
+    """Where the answers come from."""
+
+    pool: Probe[StatusReply | None]
+    """The supervisor's word; None if there is none."""
+
+    scrape: Probe[Scrape | None]
+    """What all processes have counted; None if it cannot be read in time."""
+
+    redis: Callable[[], RedisPing]
+    """The last ping."""
+
+    draining: Callable[[], bool]
+    """Whether this gateway has been told to finish."""
+
+    uptime: Callable[[], float]
+    """Seconds since this process started: for when the supervisor does not say."""
+
+
+def make_app(sources: Sources) -> Starlette:
+    """Return the ASGI application, without what is around every request (see `front`)."""
+    routes = _Routes(sources)
+    app = Starlette(
+        routes=[
+            Route("/healthz", routes.healthz),
+            Route("/readyz", routes.readyz),
+            Route("/health", routes.health),
+            Route("/metrics", routes.metrics),
+        ],
+        exception_handlers={HTTPException: _problem},
+    )
+    # A redirect would be built from the Host header, which is whatever the client says.
+    app.router.redirect_slashes = False
+    return app
+
+
+class _Routes:
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+
+    async def healthz(self, _request: Request) -> Response:
+        return _json(health.liveness_body())
+
+    async def readyz(self, _request: Request) -> Response:
+        ready, why = self._readiness(await self._sources.pool.get())
+        body = health.readiness_body(ready=ready, why=why)
+        return _json(body, HTTPStatus.OK if ready else UNAVAILABLE)
+
+    async def health(self, _request: Request) -> Response:
+        reply, scraped = await self._pool_and_scrape()
+        ping = self._sources.redis()
+        state = health.Health(
+            ready=self._readiness(reply)[0],
+            redis_ping_seconds=ping.seconds,
+            redis_error=ping.error,
+            connections=_connections(reply, scraped),
+            users=_users(scraped),
+            uptime_seconds=self._uptime(reply),
+        )
+        return _json(state.body(time.time()), state.status)
+
+    async def metrics(self, request: Request) -> Response:
+        reply, scraped = await self._pool_and_scrape()
+        if scraped is None:
+            return _problem_response(UNAVAILABLE, "The metric files could not be read in time.")
+        if prefers_json(request.headers.get("accept", "")):
+            body = metrics_page.json_page(
+                scraped,
+                connections=_connections(reply, scraped),
+                users=_users(scraped),
+                uptime_seconds=self._uptime(reply),
+                now=time.time(),
+            )
+            return _json(body)
+        redis_up = self._sources.redis().seconds is not None
+        more = metrics_page.pool_metrics(reply, redis_up=redis_up)
+        page = metrics_page.prometheus_page(scraped, more)
+        return Response(page, headers=_headers(metrics_page.CONTENT_TYPE))
+
+    async def _pool_and_scrape(self) -> tuple[StatusReply | None, Scrape | None]:
+        reply: StatusReply | None = None
+
+        async def ask_pool() -> None:
+            nonlocal reply
+            reply = await self._sources.pool.get()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask_pool)
+            scraped = await self._sources.scrape.get()
+        return reply, scraped
+
+    def _readiness(self, reply: StatusReply | None) -> tuple[bool, str]:
+        if reply is None:
+            return False, "the supervisor does not answer"
+        if reply.draining or self._sources.draining():
+            return False, "draining"
+        if reply.ready:
+            return True, ""
+        missing = [
+            f"worker {worker.slot}: {worker.why or 'not there'}"
+            for worker in reply.workers
+            if worker.pid is None or not worker.ready
+        ]
+        return False, "; ".join(missing[:_MAX_REASONS]) or "no worker is ready"
+
+    def _uptime(self, reply: StatusReply | None) -> float:
+        return self._sources.uptime() if reply is None else reply.uptime_seconds
+
+
+def prefers_json(accept: str) -> bool:
+    """Return whether an ``Accept`` header names JSON, and likes it no less than text.
+
+    Wildcards do not count: a browser and Prometheus get the text.
+    """
+    liking = {"application/json": 0.0, "text/plain": 0.0}
+    for part in accept.split(","):
+        media_type, *parameters = (word.strip().lower() for word in part.split(";"))
+        if media_type in liking:
+            liking[media_type] = _quality(parameters)
+    return liking["application/json"] > 0 and liking["application/json"] >= liking["text/plain"]
+
+
+def _quality(parameters: list[str]) -> float:
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            try:
+                return float(value)
+            except ValueError:
+                return 0.0
+    return 1.0
+
+
+def _connections(reply: StatusReply | None, scraped: Scrape | None) -> int:
+    if reply is not None:
+        return sum(worker.connections for worker in reply.workers)
+    return int(scraped.total("websocket_connections")) if scraped is not None else 0
+
+
+def _users(scraped: Scrape | None) -> int:
+    return int(scraped.total("websocket_users")) if scraped is not None else 0
+
+
+def _headers(content_type: str) -> dict[str, str]:
+    return {"Content-Type": content_type, **health.SMALL_HEADERS}
+
+
+def _json(body: bytes, status: int = HTTPStatus.OK) -> Response:
+    return Response(body, status_code=status, headers=_headers(health.JSON))
+
+
+def _problem_response(status: int, detail: str = "") -> Response:
+    body = health.problem_body(status, detail)
+    return Response(body, status_code=status, headers=_headers(health.PROBLEM_JSON))
+
+
+async def _problem(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):  # cannot be: it is registered for nothing else
+        raise error
+    response = _problem_response(error.status_code)
+    response.headers.update(error.headers or {})
+    return response

@@ -1,0 +1,221 @@
+"""The listener: who comes in. Takes accepted sockets to a connection, or to a refusal.
+
+A socket that has not proved itself is an `Arrival`: an entry in the pump and one on the timer
+wheel, no task, no nursery. The whole handshake, from accept to the last byte of the head, has one
+deadline (``HANDSHAKE_TIMEOUT``), which trickling bytes do not extend.
+
+Order of the questions, cheapest first: is the head well formed, is the path ours, is it a
+WebSocket handshake, is there room, is the token good. Whoever is refused gets an HTTP answer at
+once and is never queued.
+
+Beside WebSocket, the public port answers three small GETs about this worker: ``/healthz``,
+``/readyz`` and ``/health``. All other HTTP is the gateway's.
+"""
+
+import itertools
+import math
+import socket
+from collections.abc import Callable
+from typing import Final
+
+import attrs
+import trio
+
+from trioserver import handshake, health
+from trioserver.auth import Claims
+from trioserver.connection import Connection, Shared
+from trioserver.errors import AuthError
+from trioserver.handshake import Refusal, Request
+from trioserver.timers import IDLE
+
+READ_BYTES: Final = 16 << 10
+
+RETRY_AFTER_SECONDS: Final = 2
+"""What a client is told that was refused for want of room."""
+
+_UNAUTHORIZED: Final = Refusal(
+    401, "the token was not accepted", (("WWW-Authenticate", 'Bearer realm="trioserver"'),)
+)
+
+
+@attrs.define(eq=False, kw_only=True)
+class Listener:
+    """Admits clients to one worker.
+
+    Args:
+        shared: What its connections share.
+        worker_id: Begins the ids of its connections.
+        max_connections: Admission ends here; 0 means no limit.
+        handshake_timeout: Seconds for a whole handshake; 0 means no limit.
+        query_token: Whether ``?token=`` is looked at.
+        pages: Bodies of the small GETs: path to a function giving status, type and body.
+    """
+
+    shared: Shared
+    worker_id: str
+    max_connections: int
+    handshake_timeout: float
+    query_token: bool
+    pages: dict[str, Callable[[], tuple[int, str, bytes]]]
+    connections: set[Connection] = attrs.field(factory=set, init=False)
+    """Every connection that has a task."""
+    draining: bool = attrs.field(default=False, init=False)
+    """Whether WebSocket handshakes are refused with 503."""
+    _nursery: trio.Nursery | None = attrs.field(default=None, init=False)
+    _numbers: itertools.count[int] = attrs.field(factory=itertools.count, init=False)
+
+    def open(self, nursery: trio.Nursery) -> None:
+        """Give the connections their place to live; before the first `admit`."""
+        self._nursery = nursery
+
+    def admit(self, sock: socket.socket) -> None:
+        """Take charge of an accepted, non-blocking socket."""
+        Arrival(self, sock)
+
+    def answer(self, request: Request) -> bytes:
+        """Return the HTTP answer to a request that is no WebSocket handshake.
+
+        Raises:
+            Refusal: 404 or 405.
+        """
+        page = self.pages.get(request.path)
+        if page is None:
+            raise Refusal(404, "nothing here; WebSocket is at /ws")
+        if request.method not in {"GET", "HEAD"}:
+            raise Refusal(405, "only GET is answered here", (("Allow", "GET, HEAD"),))
+        status, content_type, body = page()
+        return health.small_response(status, body, content_type, head=request.method == "HEAD")
+
+    def judge(self, request: Request) -> tuple[handshake.Upgrade, Claims | None]:
+        """Decide about a handshake on ``/ws``; None for claims if credentials must follow.
+
+        Raises:
+            Refusal: Anything but a yes.
+        """
+        upgrade = handshake.upgrade(request)
+        if self.draining or 0 < self.max_connections <= len(self.connections):
+            why = "the server is going away" if self.draining else "the server is full"
+            raise Refusal(503, why, (("Retry-After", str(RETRY_AFTER_SECONDS)),))
+        return upgrade, self._authenticate(upgrade.token, request)
+
+    def _authenticate(self, token: str | None, request: Request) -> Claims | None:
+        shared = self.shared
+        auth = shared.tally.auth
+        if token is None:
+            token = request.parameters().get("token")
+            if token is None:
+                return None
+            if not self.query_token:
+                auth["invalid"] += 1
+                raise Refusal(401, "tokens in the query are turned off", _UNAUTHORIZED.headers)
+        try:
+            claims = shared.verifier.verify(token, shared.wall())
+        except AuthError as error:
+            auth[error.outcome] += 1
+            raise _UNAUTHORIZED from None
+        auth["ok"] += 1
+        return claims
+
+    def start(
+        self, sock: socket.socket, greeting: bytes, claims: Claims | None, early: bytes
+    ) -> Connection:
+        """Turn a socket into a connection with a task of its own; the 101 is ``greeting``."""
+        nursery = self._nursery
+        assert nursery is not None  # noqa: S101 - for the type checker: open() came first
+        connection_id = f"{self.worker_id}-{next(self._numbers):x}"
+        connection = Connection(self.shared, sock, connection_id, greeting, claims, early)
+        self.connections.add(connection)
+        nursery.start_soon(self._live, connection)
+        return connection
+
+    async def _live(self, connection: Connection) -> None:
+        try:
+            await connection.run()
+        finally:
+            self.connections.discard(connection)
+
+
+class Arrival:
+    """A socket whose request head is not complete yet."""
+
+    __slots__ = ("_buffer", "_listener", "_sock", "bucket", "fd")
+
+    def __init__(self, listener: Listener, sock: socket.socket) -> None:
+        self._listener = listener
+        self._sock = sock
+        self._buffer = b""
+        self.fd = sock.fileno()
+        self.bucket = IDLE
+        pump = listener.shared.pump
+        pump.register(self)
+        pump.wheel.schedule(self, pump.now + (listener.handshake_timeout or math.inf))
+
+    def readable(self) -> None:
+        """Take bytes of the head; answer when it is complete."""
+        try:
+            data = self._sock.recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop()
+            return
+        self._listener.shared.tally.bytes_in += len(data)
+        if self._buffer:
+            data = self._buffer + data
+        try:
+            end = handshake.head_end(data)
+            if end:
+                self._complete(handshake.parse(data[:end]), data[end:])
+            else:
+                self._buffer = data
+        except Refusal as refusal:
+            self._refuse(refusal)
+
+    def _complete(self, request: Request, rest: bytes) -> None:
+        listener = self._listener
+        if request.path != "/ws":
+            self._answer(listener.answer(request))
+            return
+        upgrade, claims = listener.judge(request)
+        pump = listener.shared.pump
+        pump.wheel.cancel(self)
+        connection = listener.start(self._sock, upgrade.response(), claims, rest)
+        pump.replace(connection)
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self._listener.shared.tally.refused(refusal.status)
+        self._answer(refusal.response())
+
+    def _answer(self, response: bytes) -> None:
+        """Say it and close. A fresh socket has room for the few hundred bytes of an answer."""
+        pump = self._listener.shared.pump
+        pump.wheel.cancel(self)
+        try:
+            self._sock.send(response)
+        except OSError:
+            self._drop()
+            return
+        pump.linger(self._sock, self)
+
+    def _drop(self) -> None:
+        pump = self._listener.shared.pump
+        pump.wheel.cancel(self)
+        pump.forget(self)
+        self._sock.close()
+
+    def due(self, now: float) -> None:  # noqa: ARG002 - the moment itself is the message
+        """Give up on a head that does not come."""
+        self._refuse(Refusal(408, "the request head did not arrive in time"))
+
+    def writable(self) -> None:
+        """Never asked for."""
+
+    def hung_up(self) -> None:
+        """Note that the client is gone."""
+        self._drop()
+
+    def failed(self, bug: Exception) -> None:  # noqa: ARG002 - logged by the pump
+        """End after a bug."""
+        self._refuse(Refusal(500, "internal error"))

@@ -1,0 +1,224 @@
+"""The messages of wire protocol v1: one JSON object per text frame, told apart by ``type``.
+
+``decode`` turns a client's text into a typed message, ``encode`` a server's message into JSON.
+Decoding raises nothing but `ClientError`, whatever the bytes. Unknown fields are ignored, an
+unknown ``type`` is an error: a newer client may say more to an older server, but must know when
+it was not understood.
+
+Parsing and validation are msgspec's; 0.1 µs for a usual message. Payloads stay `msgspec.Raw`:
+their syntax is checked, their values are nobody's business here.
+"""
+
+import datetime as dt
+from typing import Annotated, Final
+
+import msgspec
+
+from trioserver.errors import ClientError
+
+Ref = Annotated[str, msgspec.Meta(max_length=64)]
+
+NULL: Final = msgspec.Raw(b"null")
+
+RESERVED_TYPES: Final = frozenset(
+    {
+        # What the server says...
+        *("connection_established", "gap", "update", "message_response", "heartbeat", "pong"),
+        *("token_expiring", "token_refreshed", "subscribed", "unsubscribed", "presence"),
+        *("error", "goodbye"),
+        # ... and what clients say: publishing any of these would let a publisher speak as us.
+        *("auth", "refresh", "message", "ack", "read", "subscribe", "unsubscribe", "publish"),
+        "ping",
+    }
+)
+
+MAX_TYPE_LENGTH: Final = 64
+
+
+class Auth(msgspec.Struct, frozen=True, gc=False, tag="auth"):
+    """The first message of a client that brought no credential in its handshake."""
+
+    token: str
+    ref: Ref | None = None
+
+
+class Message(msgspec.Struct, frozen=True, gc=False, tag="message"):
+    """Counted and answered with `MessageResponse`."""
+
+    payload: msgspec.Raw = NULL
+    ref: Ref | None = None
+
+
+class Ping(msgspec.Struct, frozen=True, gc=False, tag="ping"):
+    """Answered with `Pong`; for clients that cannot see WebSocket pings."""
+
+    ref: Ref | None = None
+
+
+ClientMessage = Auth | Message | Ping
+
+
+class ConnectionEstablished(
+    msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="connection_established"
+):
+    """The first message on every connection."""
+
+    connection_id: str
+    user: str
+    resumed: bool
+    count: int
+    heartbeat_seconds: float
+    expires_in: int
+    """Seconds until the token expires."""
+    server_time: str
+    reason: str | None = None
+
+
+class MessageResponse(
+    msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="message_response"
+):
+    """The answer to `Message`."""
+
+    count: int
+    payload: msgspec.Raw
+    timestamp: str
+    ref: str | None = None
+
+
+class Pong(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="pong"):
+    """The answer to `Ping`."""
+
+    ref: str | None = None
+
+
+class Heartbeat(msgspec.Struct, frozen=True, gc=False, tag="heartbeat"):
+    """A sign of life that clients can see, every ``HEARTBEAT_INTERVAL``."""
+
+    ts: str
+
+
+class Error(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="error"):
+    """One request failed; the connection lives."""
+
+    code: str
+    message: str
+    retry_after_ms: int | None = None
+    ref: str | None = None
+
+
+class Goodbye(msgspec.Struct, frozen=True, gc=False, tag="goodbye"):
+    """Before every close by the server."""
+
+    reason: str
+    reconnect: bool
+    reconnect_in_ms: int
+
+
+class _Notification(msgspec.Struct, frozen=True, gc=False):
+    """An ephemeral notification as clients see it. Its ``type`` is the publisher's word."""
+
+    type: str
+    payload: msgspec.Raw
+    timestamp: str
+
+
+class _Published(msgspec.Struct, frozen=True, gc=False):
+    """What a back end may say in a raw ``PUBLISH``; every other field is lost on purpose.
+
+    So nobody can forge an ``id`` or a ``seq``.
+    """
+
+    payload: msgspec.Raw
+    type: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TYPE_LENGTH)] = "notification"
+
+
+class _Lenient(msgspec.Struct, frozen=True, gc=False):
+    """The two fields worth knowing about a message that could not be understood."""
+
+    type: msgspec.Raw = NULL
+    ref: Ref | None = None
+
+
+_client_decoder: msgspec.json.Decoder[ClientMessage] = msgspec.json.Decoder(ClientMessage)
+_lenient_decoder = msgspec.json.Decoder(_Lenient)
+_published_decoder = msgspec.json.Decoder(_Published)
+encode = msgspec.json.Encoder().encode
+"""Return the JSON of any server message, as UTF-8 bytes."""
+
+_known_types: Final = frozenset({"auth", "message", "ping"})
+
+
+def decode(text: bytes) -> ClientMessage:
+    """Return the message a client sent.
+
+    Args:
+        text: The payload of a text frame; valid UTF-8.
+
+    Raises:
+        ClientError: ``bad_json`` if it is no JSON object, ``unknown_type`` or ``bad_message``.
+    """
+    try:
+        return _client_decoder.decode(text)
+    except RecursionError:
+        raise ClientError("bad_json", "the message is nested too deeply") from None
+    except msgspec.ValidationError as error:
+        problem = str(error)
+    except msgspec.DecodeError:
+        raise ClientError("bad_json", "the message is not JSON") from None
+    raise _diagnose(text, problem)
+
+
+def _diagnose(text: bytes, problem: str) -> ClientError:
+    """Say what is wrong with JSON that is no message of ours; off the hot path."""
+    if text.lstrip()[:1] != b"{":
+        return ClientError("bad_json", "a message is a JSON object")
+    try:
+        lenient = _lenient_decoder.decode(text)
+        name = msgspec.json.decode(lenient.type)
+    except (msgspec.MsgspecError, RecursionError):
+        return ClientError("bad_message", problem)
+    if isinstance(name, str) and name not in _known_types:
+        return ClientError("unknown_type", "this type is not known to the server", lenient.ref)
+    return ClientError("bad_message", problem, lenient.ref)
+
+
+class BadPublish(Exception):  # noqa: N818 - a verdict
+    """What arrived on a channel is not a notification. ``str()`` says why, without its bytes."""
+
+
+def notification_from_raw(data: bytes, timestamp: str, max_payload: int) -> bytes:
+    """Return the JSON that clients get for a raw ``PUBLISH``.
+
+    Args:
+        data: What the publisher sent: ``{"type": …, "payload": …}``.
+        timestamp: RFC 3339, when it reached this server.
+        max_payload: Bytes the payload may have; 0 means no limit.
+
+    Raises:
+        BadPublish: Not JSON, no payload, a reserved type, or too big.
+    """
+    try:
+        if not data.isascii():
+            # msgspec skips over a raw payload without looking at its characters, and a frame
+            # that is not UTF-8 would make every client hang up.
+            data.decode()
+        published = _published_decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise BadPublish(str(error)) from None
+    if published.type in RESERVED_TYPES:
+        raise BadPublish(f"the type {published.type} is reserved")
+    payload = published.payload
+    if 0 < max_payload < len(memoryview(payload)):
+        raise BadPublish(f"the payload is larger than {max_payload} bytes")
+    return encode(_Notification(published.type, payload, timestamp))
+
+
+def rfc3339(milliseconds: int) -> str:
+    """Return a moment as RFC 3339 UTC with milliseconds.
+
+    Args:
+        milliseconds: Since 1970.
+    """
+    seconds, rest = divmod(milliseconds, 1000)
+    moment = dt.datetime.fromtimestamp(seconds, dt.UTC)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{rest:03d}Z"

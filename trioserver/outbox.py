@@ -1,0 +1,238 @@
+"""The outbox: what one connection has still to be sent. Synchronous, and the only writer.
+
+Rules
+    * `Outbox.offer` writes to the socket at once while nothing waits; what the kernel did not
+      take is kept, and the pump calls `Outbox.flush` when the socket is writable again.
+    * Order in is order out. A frame that was begun is finished before anything else, or the
+      socket is aborted: half a frame would make every later byte garbage.
+    * Waiting bytes and frames are bounded. The frame that would pass a bound is refused, the
+      outbox is closed, and its owner is told once, from outside: the reader of this socket is
+      precisely the one that does not move, so nothing may wait for it.
+    * While corked, everything waits: the first message of a connection is not ready yet.
+    * `offer` never raises. It returns False after overflow, a broken socket, or `finish`.
+
+Frames are shared: a broadcast that ten thousand slow clients have not read yet is one bytes
+object in ten thousand outboxes.
+"""
+
+import socket
+from collections import deque
+from typing import Final, Protocol
+
+import attrs
+
+MAX_VECTOR: Final = 64
+"""Frames handed to one ``sendmsg``; well below the kernel's IOV_MAX of 1,024."""
+
+CROWD_BYTES: Final = 1 << 20
+CROWD_FRAMES: Final = 256
+"""What `Outbox.crowded` reckons with where there is no limit."""
+
+
+@attrs.frozen(kw_only=True)
+class OutboxLimits:
+    """How much one client may leave unread; 0 means no limit."""
+
+    max_bytes: int = 1 << 20
+    """Bytes waiting in this process, beside what the kernel buffers."""
+
+    max_frames: int = 256
+    """Frames waiting; small frames cost memory too."""
+
+
+class Owner(Protocol):
+    """Who is told what happens to an outbox; all of it synchronous."""
+
+    def blocked(self) -> None:
+        """Bytes wait now: call `Outbox.flush` when the socket is writable."""
+
+    def overflowed(self) -> None:
+        """A bound was passed and the outbox is closed. Called at most once."""
+
+    def broke(self) -> None:
+        """The socket failed and the outbox is closed. Called at most once."""
+
+
+class Outbox:
+    """The waiting frames of one socket.
+
+    Args:
+        sock: Non-blocking, connected.
+        limits: Shared by all connections of a worker.
+        owner: Told of blocking, overflow and failure.
+    """
+
+    __slots__ = (
+        "_limits",
+        "_offset",
+        "_owner",
+        "_sock",
+        "_waiting",
+        "closed",
+        "corked",
+        "waiting_bytes",
+    )
+
+    def __init__(self, sock: socket.socket, limits: OutboxLimits, owner: Owner) -> None:
+        self._sock = sock
+        self._limits = limits
+        self._owner = owner
+        self._waiting: deque[bytes] | None = None
+        """None while nothing waits, so that an idle connection pays nothing for its queue."""
+        self._offset = 0
+        """Bytes of the first waiting frame that are on the wire already."""
+        self.waiting_bytes = 0
+        self.closed = False
+        """Whether `offer` refuses. What waits may still be flushed."""
+        self.corked = False
+        """Whether what is offered waits for `uncork`, under the same bounds."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether everything accepted so far is with the kernel."""
+        return self._waiting is None
+
+    @property
+    def crowded(self) -> bool:
+        """Whether a quarter of what may wait does wait: time to read no more from this client."""
+        waiting = self._waiting
+        if waiting is None:
+            return False
+        limits = self._limits
+        return (
+            self.waiting_bytes > (limits.max_bytes or CROWD_BYTES) >> 2
+            or len(waiting) > (limits.max_frames or CROWD_FRAMES) >> 2
+        )
+
+    def offer(self, frame: bytes) -> bool:
+        """Accept ``frame`` for sending; return False if it never will be sent."""
+        if self.closed:
+            return False
+        if self._waiting is not None:
+            return self._wait(frame)
+        try:
+            sent = self._sock.send(frame)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.closed = True
+            self._owner.broke()
+            return False
+        if sent != len(frame):
+            self._waiting = deque((frame,))
+            self._offset = sent
+            self.waiting_bytes = len(frame) - sent
+            self._owner.blocked()
+        return True
+
+    def cork(self) -> None:
+        """Let everything offered wait, until `uncork`. For an outbox nothing was offered to."""
+        self.corked = True
+        self._waiting = deque()
+
+    def uncork(self, first: bytes) -> None:
+        """Send ``first``, then what has waited, and from now on what is offered."""
+        held, self._waiting = self._waiting, None
+        self.corked = False
+        self.waiting_bytes = 0
+        self.offer(first)
+        for frame in held or ():
+            self.offer(frame)
+
+    def send_past_cork(self, data: bytes) -> bool:
+        """Send ``data`` at once although corked; return False if the socket did not take it all.
+
+        For the answer to a handshake: the first bytes on a fresh socket, which has room for them.
+        """
+        try:
+            return self._sock.send(data) == len(data)
+        except OSError:
+            return False
+
+    def _wait(self, frame: bytes) -> bool:
+        limits = self._limits
+        waiting = self._waiting
+        assert waiting is not None  # noqa: S101 - for the type checker: offer() looked
+        if 0 < limits.max_bytes < self.waiting_bytes + len(frame) or 0 < limits.max_frames <= len(
+            waiting
+        ):
+            self.closed = True
+            self._owner.overflowed()
+            return False
+        waiting.append(frame)
+        self.waiting_bytes += len(frame)
+        return True
+
+    def flush(self) -> bool:
+        """Give the kernel what it takes; return whether it took anything.
+
+        Never raises; a broken socket is reported to the owner.
+        """
+        waiting = self._waiting
+        if waiting is None or self.corked:
+            return False
+        first = waiting[0]
+        try:
+            if len(waiting) == 1:
+                sent = self._sock.send(memoryview(first)[self._offset :])
+            else:
+                vector: list[bytes | memoryview] = [memoryview(first)[self._offset :]]
+                vector.extend(waiting[i] for i in range(1, min(len(waiting), MAX_VECTOR)))
+                sent = self._sock.sendmsg(vector)
+        except BlockingIOError:
+            return False
+        except OSError:
+            self.abandon()
+            self._owner.broke()
+            return False
+        self._sent(waiting, sent)
+        return sent > 0
+
+    def _sent(self, waiting: deque[bytes], count: int) -> None:
+        self.waiting_bytes -= count
+        count += self._offset
+        while waiting and count >= len(waiting[0]):
+            count -= len(waiting.popleft())
+        self._offset = count
+        if not waiting:
+            self._waiting = None
+
+    def finish(self, last: bytes, *, drop: bool = False) -> None:
+        """Accept ``last`` beyond all bounds, then close; never raises.
+
+        The second call does nothing, except that ``drop`` still works after an overflow, which
+        has closed the outbox already. An owner that has dropped once must not call again.
+
+        Args:
+            last: Farewell frames; empty if nothing can be said.
+            drop: Give up the frames that have not been begun, so that the farewell comes next.
+                For a client too slow to read them: it resumes, or it was told.
+        """
+        if self.closed and not drop:
+            return
+        if drop and self._waiting is not None:
+            # Without an offset the first frame has not been begun and goes with the rest.
+            begun = self._waiting[0] if self._offset else b""
+            self._waiting = deque((begun,)) if begun else None
+            self.waiting_bytes = len(begun) - self._offset if begun else 0
+        self.closed = True
+        if not last:
+            return
+        self.closed = False
+        if self.corked:
+            # What was held back would have to follow the farewell, and nothing may.
+            self._waiting = None
+            self.uncork(last)
+        elif self._waiting is not None:
+            self._waiting.append(last)
+            self.waiting_bytes += len(last)
+        else:
+            self.offer(last)
+        self.closed = True
+
+    def abandon(self) -> None:
+        """Forget what waits and accept nothing more; idempotent."""
+        self.closed = True
+        self.corked = False
+        self._waiting = None
+        self._offset = self.waiting_bytes = 0

@@ -1,0 +1,126 @@
+"""The protocol state of one connection: a client's message in, one action out. Pure.
+
+A `Session` decides, the connection performs. It knows neither sockets nor Redis, has no clock
+(`now` and `timestamp` are passed in) and no randomness, so the same messages always give the
+same actions.
+
+States
+    waiting for credentials  →  authenticated  →  closed
+    A session begins in either of the first two, depending on whether the handshake brought a
+    credential. Before it is authenticated nothing but ``auth`` is processed.
+
+Each message yields exactly one action; after `Close` there are none.
+"""
+
+from typing import Final
+
+import msgspec
+
+from trioserver import messages
+from trioserver.errors import ClientError, CloseReason
+
+MAX_STRIKES: Final = 20
+STRIKE_SECONDS: Final = 10.0
+"""So many malformed messages within so long end the connection: it is broken or hostile."""
+
+
+class Send(msgspec.Struct, frozen=True, gc=False):
+    """Send this JSON."""
+
+    data: bytes
+
+
+class SendError(msgspec.Struct, frozen=True, gc=False):
+    """Send this ``error``; its code is for metrics."""
+
+    data: bytes
+    code: str
+
+
+class Authenticate(msgspec.Struct, frozen=True, gc=False):
+    """Verify this token, then call `Session.authenticated` or end the connection."""
+
+    token: str
+
+
+class Close(msgspec.Struct, frozen=True, gc=False):
+    """End the connection."""
+
+    reason: CloseReason
+
+
+Action = Send | SendError | Authenticate | Close
+
+
+class Session:
+    """What one connection has said so far.
+
+    Args:
+        user: Who the handshake's credential named, or None while there is none.
+    """
+
+    __slots__ = ("_strikes", "_strikes_since", "closed", "count", "user")
+
+    def __init__(self, user: str | None = None) -> None:
+        self.user = user
+        self.count = 0
+        """Messages counted on this connection."""
+        self.closed = False
+        self._strikes = 0
+        self._strikes_since = 0.0
+
+    def authenticated(self, user: str) -> None:
+        """Enter the authenticated state as ``user``."""
+        self.user = user
+
+    def receive(self, text: bytes, now: float, timestamp: str) -> Action | None:
+        """Return what to do about one text message; None once closed.
+
+        Args:
+            text: The payload of a text frame, valid UTF-8.
+            now: Monotonic seconds.
+            timestamp: The wall clock as RFC 3339, for the answer.
+        """
+        if self.closed:
+            return None
+        try:
+            message = messages.decode(text)
+            if type(message) is messages.Message and self.user is not None:
+                self.count += 1
+                return Send(
+                    messages.encode(
+                        messages.MessageResponse(
+                            self.count, message.payload, timestamp, message.ref
+                        )
+                    )
+                )
+            return self._other(message)
+        except ClientError as error:
+            return self._strike(error, now)
+
+    def _other(self, message: messages.ClientMessage) -> Action:
+        if isinstance(message, messages.Auth):
+            if self.user is not None:
+                raise ClientError(
+                    "already_authenticated", "this connection has a user already", message.ref
+                )
+            return Authenticate(message.token)
+        if self.user is None:
+            raise ClientError("unauthenticated", "the first message must be auth", message.ref)
+        return Send(messages.encode(messages.Pong(message.ref)))
+
+    def _strike(self, error: ClientError, now: float) -> Action:
+        """Answer a malformed message, or close after too many of them."""
+        if now - self._strikes_since > STRIKE_SECONDS:
+            self._strikes_since = now
+            self._strikes = 0
+        self._strikes += 1
+        if self._strikes >= MAX_STRIKES:
+            return self.close(CloseReason.POLICY)
+        answer = messages.Error(error.code, error.message, ref=error.ref)
+        return SendError(messages.encode(answer), error.code)
+
+    def close(self, reason: CloseReason) -> Close:
+        """Enter the closed state, from which nothing returns."""
+        self.closed = True
+        return Close(reason)
