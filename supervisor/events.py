@@ -121,20 +121,8 @@ class Tick:
     """Time has passed."""
 
 
-Event = (
-    Begin
-    | Spawned
-    | SpawnFailed
-    | Started
-    | Beat
-    | RedisAnswered
-    | Exited
-    | SignalCame
-    | Asked
-    | SnapshotReady
-    | SnapshotFailed
-    | Tick
-)
+ChildEvent = Spawned | SpawnFailed | Started | Beat | RedisAnswered | Exited
+Event = ChildEvent | Begin | SignalCame | Asked | SnapshotReady | SnapshotFailed | Tick
 
 
 # --- actions ------------------------------------------------------------------------------------
@@ -214,17 +202,7 @@ class Exit:
     code: int
 
 
-Action = (
-    Spawn
-    | Kill
-    | SendDrain
-    | TakeSnapshot
-    | DropSnapshot
-    | Reply
-    | Announce
-    | Say
-    | Exit
-)
+Action = Spawn | Kill | SendDrain | TakeSnapshot | DropSnapshot | Reply | Announce | Say | Exit
 
 
 # --- shared values ------------------------------------------------------------------------------

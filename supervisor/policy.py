@@ -36,6 +36,7 @@ from supervisor.events import (
     Asked,
     Beat,
     Begin,
+    ChildEvent,
     DrainTimes,
     DropSnapshot,
     Event,
@@ -56,9 +57,10 @@ from supervisor.events import (
     Tick,
 )
 from supervisor.reloading import Reload, name
-from supervisor.report import Identity, status_of
+from supervisor.report import Identity, Moment, status_of
 from supervisor.slots import Life, Place, Table, Timing
 from supervisor.stopping import Stop
+from supervisor.watching import forgive, hear, say, watch
 from trioserver.status import StatusReply, Verdict
 
 _FIRST_START_FAILED: Final = 3
@@ -97,6 +99,7 @@ class Policy:
         self._generation = 1
         self._highest_generation = 1
         self._announced = False
+        self._waiting_for_redis = plan.embedded_redis
         self._over = False
         self._reload: Reload | None = None
         self._stop: Stop | None = None
@@ -121,15 +124,18 @@ class Policy:
         actions += self._react(event, now)
         actions += self._act_on_time(now)
         actions += self._announce(now)
+        self._table.ordered += sum(isinstance(action, Spawn) for action in actions)
         self._over = any(isinstance(action, Exit) for action in actions)
         return actions
 
     def next_deadline(self) -> float:
         """Return when to call with `Tick` if nothing happens before; infinity if never."""
-        deadlines = [deadline for life in self._table.lives() for deadline in self._watched(life)]
+        deadlines = [d for life in self._table.lives() for d in life.deadlines(self._timing)]
         deadlines += [p.spawn_at for p in self._table.all_places() if p.spawn_at is not None]
         if self._reload is not None:
             deadlines.append(self._reload.deadline)
+        if self._stop is not None:
+            deadlines += self._stop.deadlines()
         return min(deadlines, default=float("inf"))
 
     def status(self, now: float) -> StatusReply:
@@ -138,19 +144,34 @@ class Policy:
             self._table,
             self._plan.identity,
             self._timing,
-            now=now,
-            uptime=now - self._began,
-            generation=self._generation,
-            draining=self._stop is not None,
-            reloading=self._reload is not None,
+            Moment(
+                now=now,
+                uptime=now - self._began,
+                generation=self._generation,
+                draining=self._stop is not None,
+                reloading=self._reload is not None,
+            ),
         )
 
     # --- events ---------------------------------------------------------------------------------
 
-    def _react(self, event: Event, now: float) -> list[Action]:  # noqa: PLR0911 - a table
+    def _react(self, event: Event, now: float) -> list[Action]:
+        if isinstance(event, ChildEvent):
+            return self._react_to_child(event, now)
         match event:
             case Begin():
                 return self._begin()
+            case SignalCame():
+                return self._signalled(event.signal, now)
+            case Asked():
+                return self._asked(event, now)
+            case SnapshotReady() | SnapshotFailed():
+                return self._snapshot(event, now)
+            case Tick():
+                return []
+
+    def _react_to_child(self, event: ChildEvent, now: float) -> list[Action]:
+        match event:
             case Spawned():
                 return self._spawned(event, now)
             case SpawnFailed():
@@ -163,14 +184,6 @@ class Policy:
                 return self._redis_answered(event, now)
             case Exited():
                 return self._exited(event, now)
-            case SignalCame():
-                return self._signalled(event.signal, now)
-            case Asked():
-                return self._asked(event, now)
-            case SnapshotReady() | SnapshotFailed():
-                return self._snapshot(event, now)
-            case Tick():
-                return []
 
     def _begin(self) -> list[Action]:
         if self._plan.embedded_redis:
@@ -182,6 +195,7 @@ class Policy:
         return [_spawn(p) for p in self._table.places.values() if p.kind is not Kind.REDIS]
 
     def _spawned(self, event: Spawned, now: float) -> list[Action]:
+        self._table.ordered -= 1
         life = Life(
             kind=event.kind,
             slot=event.slot,
@@ -196,46 +210,30 @@ class Policy:
             self._table.leaving[life.pid] = life
             return [Kill(pid=life.pid, signal=signal.SIGKILL)]
         place.life = life
-        return [_say("debug", "child_spawned", life)]
-
-    def _spawn_failed(self, event: SpawnFailed, now: float) -> list[Action]:
-        place = self._table.place(event.kind, event.slot, event.generation)
-        if self._stop is not None or place is None:
-            return []
-        return self._lost(place, f"could not be spawned ({event.reason})", now)
+        return [say("debug", "child_spawned", life)]
 
     def _started(self, pid: int, now: float) -> list[Action]:
-        life = self._table.owner(pid)
-        if life is None or life.started_at is not None:
-            return []
-        life.started_at = life.heard_at = now
-        place = self._table.place(life.kind, life.slot, life.generation)
-        if place is not None:
-            place.proven = True
-        took = round(now - life.spawned_at, 3)
-        return [_say("info", "child_started", life, seconds=took), *self._take_over(now)]
+        match self._table.owned_by(pid):
+            case (place, life) if life.started_at is None:
+                place.proven = True
+                life.started_at = life.heard_at = now
+                took = round(now - life.spawned_at, 3)
+                return [say("info", "child_started", life, seconds=took), *self._take_over(now)]
+            case _:
+                return []
 
     def _beat(self, event: Beat, now: float) -> list[Action]:
-        life = self._table.owner(event.pid)
-        if life is None:
+        owned = self._table.owned_by(event.pid)
+        if owned is None:
             return []
-        actions: list[Action] = []
-        if life.started_at is not None:
-            life.heard_at = now
-        if life.silent:
-            life.silent = False
-            actions.append(_say("info", "child_beats_again", life))
-        if life.ready and not event.ready:
-            actions.append(_say("warning", "child_unready", life, why=event.why))
-        elif event.ready and not life.ready:
-            actions.append(_say("info", "child_ready", life))
-        life.connections, life.ready, life.why = event.connections, event.ready, event.why
+        actions = hear(owned[1], event, now)
         return [*actions, *self._take_over(now)]
 
     def _redis_answered(self, event: RedisAnswered, now: float) -> list[Action]:
-        life = self._table.owner(event.pid)
-        if life is None or life.kind is not Kind.REDIS:
+        owned = self._table.owned_by(event.pid)
+        if owned is None:
             return []
+        life = owned[1]
         if event.loading:
             # A big append-only file takes its time; as long as it says so, it is fine.
             life.heard_at, life.why = now, "loading its files"
@@ -245,23 +243,18 @@ class Policy:
         return actions + (self._spawn_the_rest() if self._waiting_for_redis else [])
 
     def _exited(self, event: Exited, now: float) -> list[Action]:
-        gone = self._table.leaving.pop(event.pid, None)
-        if gone is not None:
-            actions: list[Action] = [_say("info", "child_left", gone, how=describe_end(event.code))]
-            return actions + (self._stop.advance(now) if self._stop is not None else [])
-        life = self._table.owner(event.pid)
+        life = self._table.leaving.pop(event.pid, None)
         if life is None:
-            # As PID 1 one inherits everybody's orphans. They are reaped, and that is all.
-            return []
-        place = self._table.place(life.kind, life.slot, life.generation)
-        if place is None:  # pragma: no cover - an owner without a place cannot be
-            return []
-        if self._stop is not None:
+            owned = self._table.owned_by(event.pid)
+            if owned is None:
+                # As PID 1 one inherits everybody's orphans. They are reaped, and that is all.
+                return []
+            place, life = owned
+            if self._stop is None:
+                return self._lost(place, life.aborted_for or describe_end(event.code), now, event)
             place.life = None
-            return [_say("info", "child_left", life, how=describe_end(event.code))] + (
-                self._stop.advance(now)
-            )
-        return self._lost(place, describe_end(event.code), now, code=event.code)
+        left = say("info", "child_left", life, how=describe_end(event.code))
+        return [left, *(self._stop.advance(now) if self._stop is not None else [])]
 
     def _signalled(self, number: signal.Signals, now: float) -> list[Action]:
         match number:
@@ -291,26 +284,38 @@ class Policy:
 
     # --- deaths and respawns --------------------------------------------------------------------
 
-    def _lost(self, place: Place, how: str, now: float, code: int | None = None) -> list[Action]:
-        """Decide what the end of an owner means that nobody asked to leave."""
-        if self._reload is not None and place.generation == self._reload.generation:
+    def _spawn_failed(self, event: SpawnFailed, now: float) -> list[Action]:
+        self._table.ordered -= 1
+        if self._stop is not None:
+            return self._stop.advance(now)
+        place = self._table.place(event.kind, event.slot, event.generation)
+        if place is None:
+            return []
+        return self._lost(place, f"could not be spawned: {event.reason}", now)
+
+    def _lost(
+        self, place: Place, how: str, now: float, exited: Exited | None = None
+    ) -> list[Action]:
+        """Decide what it means that a place has no owner, although nobody has sent it away."""
+        candidate = place in self._table.candidates.values()
+        if candidate or not place.proven:
             place.life = None
-            return self._fail_reload(f"{name(place)} {how} before all were ready", now)
-        if not place.proven:
-            place.life = None
-            return self._fail_first_start(f"{name(place)} {how}", now, code)
-        fields: dict[str, object] = {"kind": str(place.kind), "slot": place.slot, "how": how}
+            return self._fail_to_begin(place, how, now, exited.code if exited else None)
         wait = place.lose(now, self._timing, self._rng)
         place.spawn_at = now + wait
-        fields["respawn_in_seconds"] = round(wait, 3)
-        return [Say(level="error", event="child_died", fields=fields)]
+        about: dict[str, object] = {"kind": str(place.kind), "slot": place.slot, "how": how}
+        return [Say(level="error", event="child_died", fields={**about, "wait": round(wait, 3)})]
 
-    def _fail_first_start(self, reason: str, now: float, code: int | None = None) -> list[Action]:
+    def _fail_to_begin(
+        self, place: Place, how: str, now: float, code: int | None = None
+    ) -> list[Action]:
+        """Give up a generation: it does not even start, or not as a whole."""
+        reason = f"{name(place)} {how}"
+        if place.generation != 1:
+            return self._fail_reload(reason, now)
+        said = Say(level="error", event="first_start_failed", fields={"reason": reason})
         exit_code = _CONFIGURATION if code == _CONFIGURATION else _FIRST_START_FAILED
-        return [
-            Say(level="error", event="first_start_failed", fields={"reason": reason}),
-            *self._begin_stop(now, quick=True, code=exit_code),
-        ]
+        return [said, *self._begin_stop(now, quick=True, code=exit_code)]
 
     def _respawn(self, place: Place) -> Spawn:
         place.spawn_at = None
@@ -382,44 +387,41 @@ class Policy:
         self._last_turn = now
         if paused < self._timing.pause:
             return []
-        for life in self._table.owners():
-            life.heard_at = now
+        forgive(self._table, now)
         fields: dict[str, object] = {"seconds": round(paused, 1)}
         return [Say(level="warning", event="supervisor_was_paused", fields=fields)]
 
     def _act_on_time(self, now: float) -> list[Action]:
         actions: list[Action] = []
         if self._reload is not None and now >= self._reload.deadline:
-            reload, self._reload = self._reload, None
-            actions += reload.expire(now)
-        for life in list(self._table.lives()):
-            actions += self._watch(life, now)
-        if self._stop is None:
-            due = [p for p in self._table.all_places() if p.spawn_at is not None]
-            actions += [self._respawn(p) for p in due if p.spawn_at is not None and now >= p.spawn_at]
+            actions += self._reload.expire(now)
+            self._reload = None
+        actions += watch(self._table, self._timing, now)
+        if self._stop is not None:
+            return actions + self._stop.on_time(now)
+        for place in self._table.places.values():
+            if place.spawn_at is not None and now >= place.spawn_at:
+                actions.append(self._respawn(place))
         return actions
 
-    def _watch(self, life: Life, now: float) -> list[Action]:
-        timing = self._timing
-        if life.killed_at is not None:
-            if self._stop is not None and now >= life.killed_at + timing.give_up:
-                return self._stop.give_up(life)
-        elif life.kill_at is not None:
-            if now >= life.kill_at:
-                life.killed_at = now
-                return [_say("warning", "child_killed", life), Kill(pid=life.pid, signal=signal.SIGKILL)]
-        elif life.started_at is None:
-            if life.quiet(now, timing.startup):
-                return self._not_started(life, now)
-        elif life.beats and life.quiet(now, timing.abort_silence):
-            return self._abort(life, now, "hangs")
-        elif life.beats and life.quiet(now, timing.unready_silence) and not life.silent:
-            life.silent = True
-            return [_say("warning", "child_silent", life, seconds=timing.unready_silence)]
-        return []
+    def _announce(self, now: float) -> list[Action]:
+        ready = all(place.ready(now, self._timing) for place in self._table.places.values())
+        if self._announced or self._stop is not None or not ready:
+            return []
+        self._announced = True
+        return [Announce(seconds=now - self._began)]
 
-    def _not_started(self, life: Life, now: float) -> list[Action]:
-        place = self._table.place(life.kind, life.slot, life.generation)
-        if place in self._table.candidates.values() or (place is not None and place.proven):
-            return self._abort(life, now, "did not start")
-        
+
+def describe_end(code: int) -> str:
+    """Return how a process ended, as the end of a sentence about it."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        killer = signal.Signals(-code).name
+    except ValueError:
+        killer = f"signal {-code}"
+    return f"was killed by {killer}"
+
+
+def _spawn(place: Place) -> Spawn:
+    return Spawn(kind=place.kind, slot=place.slot, generation=place.generation)

@@ -79,9 +79,7 @@ def _gateway(place: Place, now: float, timing: Timing) -> GatewayStatus:
 
 def _redis(place: Place | None, now: float, timing: Timing, *, some_ready: bool) -> RedisStatus:
     if place is None:
-        return RedisStatus(
-            embedded=False, pid=None, age_seconds=None, restarts=0, ready=some_ready
-        )
+        return RedisStatus(embedded=False, pid=None, age_seconds=None, restarts=0, ready=some_ready)
     return RedisStatus(
         embedded=True,
         pid=_pid(place),

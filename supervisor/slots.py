@@ -87,6 +87,12 @@ class Life:
     kill_at: float | None = None
     """When to send SIGKILL, if it was aborted or told to finish."""
     killed_at: float | None = None
+    hurried: bool = False
+    """It was told to finish quickly; there is nothing more urgent to tell it."""
+    given_up: bool = False
+    """Even SIGKILL did not end it in time; nobody waits for it any more."""
+    aborted_for: str = ""
+    """Why it was killed before its time, for the log; empty if it was not."""
 
     @heard_at.default
     def _unheard(self) -> float:
@@ -188,6 +194,8 @@ class Table:
     places: dict[Key, Place] = attrs.Factory(dict)
     candidates: dict[Key, Place] = attrs.Factory(dict)
     leaving: dict[int, Life] = attrs.Factory(dict)
+    ordered: int = 0
+    """Spawns that have been ordered and not yet reported."""
 
     def all_places(self) -> Iterator[Place]:
         """Yield the places of both generations."""
@@ -205,9 +213,12 @@ class Table:
         yield from self.owners()
         yield from self.leaving.values()
 
-    def owner(self, pid: int) -> Life | None:
-        """Return the owner with that pid, if it is one."""
-        return next((life for life in self.owners() if life.pid == pid), None)
+    def owned_by(self, pid: int) -> tuple[Place, Life] | None:
+        """Return the place that this process owns, and its life there."""
+        for place in self.all_places():
+            if place.life is not None and place.life.pid == pid:
+                return place, place.life
+        return None
 
     def place(self, kind: Kind, slot: int, generation: int) -> Place | None:
         """Return the place of that slot in that generation."""
@@ -225,5 +236,5 @@ class Table:
         self.leaving[life.pid] = life
 
     def has(self, *kinds: Kind) -> bool:
-        """Say whether any process of these kinds is alive."""
-        return any(life.kind in kinds for life in self.lives())
+        """Say whether there is a process of these kinds to wait for."""
+        return any(life.kind in kinds and not life.given_up for life in self.lives())

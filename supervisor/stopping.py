@@ -15,8 +15,9 @@ from typing import Final
 
 import attrs
 
-from supervisor.events import Action, DrainTimes, Exit, Kill, Kind, Reply, Say, SendDrain
+from supervisor.events import Action, DrainTimes, Exit, Kill, Kind, Reply, SendDrain
 from supervisor.slots import Life, Table, Timing
+from supervisor.watching import say
 from trioserver.status import Verdict
 
 _TOLD_SHARE: Final = 0.95
@@ -24,11 +25,14 @@ _TOLD_SHARE: Final = 0.95
 
 
 def finish(life: Life, *, seconds: float, propagation: float, quick: bool) -> Iterator[Action]:
-    """Tell one worker or gateway to finish within ``seconds``, of which ``life`` keeps no record.
+    """Tell one worker or gateway to finish within ``seconds``, unless it hurries already.
 
-    One that has not started serves nobody, and may not listen to orders yet: it also gets a
+    When to kill it is not set here. One that has not started serves nobody, and may not listen to orders yet: it also gets a
     SIGTERM, which ends it at once, or drains it if it has just begun to handle that.
     """
+    if life.hurried:
+        return
+    life.hurried = quick
     yield SendDrain(
         pid=life.pid, seconds=seconds * _TOLD_SHARE, propagation=propagation, quick=quick
     )
@@ -59,11 +63,10 @@ class Stop:
         reserve = timing.gateway_stop + timing.redis_stop + timing.stop_reserve
         seconds = max(self.drain.seconds - reserve, self.drain.seconds / 2)
         actions: list[Action] = []
+        propagation = min(self.drain.propagation, seconds / 2)
         for life in list(self.table.lives()):
-            if life.kind is not Kind.WORKER:
-                # The gateway of a generation that a reload has replaced drains already.
-                continue
-            actions += self._finish(life, now, seconds, propagation=self.drain.propagation)
+            if life.kind is Kind.WORKER:
+                actions += self._finish(life, now, seconds, propagation=propagation)
         return actions + self.advance(now)
 
     def hurry(self, now: float) -> list[Action]:
@@ -94,23 +97,29 @@ class Stop:
         redis = [life for life in self.table.owners() if life.kind is Kind.REDIS]
         for life in redis:
             self.table.dismiss(life)
-            life.kill_at = now + (
-                self.timing.quick_redis if self.quick else self.timing.redis_stop
-            )
+            life.kill_at = now + (self.timing.quick_redis if self.quick else self.timing.redis_stop)
         if redis:
             return [Kill(pid=life.pid, signal=signal.SIGTERM) for life in redis]
-        if self.table.has(Kind.REDIS):
+        if self.table.has(Kind.REDIS) or self.table.ordered:
             return []
-        return self._end(Verdict(ok=True))
+        return self._end()
 
-    def give_up(self, stuck: Life) -> list[Action]:
-        """End although a process survives SIGKILL: the kernel cannot let go of it."""
-        reason = f"{stuck.kind} pid {stuck.pid} does not die"
-        self.code = self.code or 1
-        return [
-            Say(level="error", event="stop_gave_up", fields={"reason": reason}),
-            *self._end(Verdict(ok=False, reason=reason)),
-        ]
+    def deadlines(self) -> Iterator[float]:
+        """Yield each moment at which `on_time` may have something to do."""
+        for life in self.table.lives():
+            if life.killed_at is not None and not life.given_up:
+                yield life.killed_at + self.timing.give_up
+
+    def on_time(self, now: float) -> list[Action]:
+        """Stop waiting for processes that even SIGKILL does not end: the kernel holds them."""
+        actions: list[Action] = []
+        for life in self.table.lives():
+            if life.killed_at is None or life.given_up:
+                continue
+            if now >= life.killed_at + self.timing.give_up:
+                life.given_up = True
+                actions.append(say("error", "child_immortal", life))
+        return actions + (self.advance(now) if actions else [])
 
     def _finish(
         self, life: Life, now: float, seconds: float, *, propagation: float, quick: bool = False
@@ -124,6 +133,11 @@ class Stop:
         if quick or not told:
             yield from finish(life, seconds=seconds, propagation=propagation, quick=quick)
 
-    def _end(self, verdict: Verdict) -> list[Action]:
+    def _end(self) -> list[Action]:
+        immortal = [f"{life.kind} {life.pid}" for life in self.table.lives()]
+        verdict = Verdict(ok=True)
+        if immortal:
+            self.code = self.code or 1
+            verdict = Verdict(ok=False, reason=f"SIGKILL did not end {', '.join(immortal)}")
         replies: list[Action] = [Reply(request=n, reply=verdict) for n in self.requests]
         return [*replies, Exit(code=self.code)]

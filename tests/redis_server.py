@@ -11,7 +11,7 @@ extra. It dies with the test process, whatever happens to that.
 
 import contextlib
 import ctypes
-import datetime
+import datetime as dt
 import functools
 import importlib.util
 import ipaddress
@@ -33,6 +33,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+
+from trioserver.resp import pack
 
 START_SECONDS: Final = 10.0
 COMMAND_SECONDS: Final = 5.0
@@ -85,7 +87,7 @@ async def wait_until(condition: Callable[[], object], seconds: float = 5.0) -> N
         AssertionError: It was still false after ``seconds``.
     """
     with trio.move_on_after(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - other processes set no events
             await trio.sleep(0.002)
         return
     raise AssertionError(f"not true within {seconds} s: {condition}")
@@ -97,6 +99,7 @@ class RedisServer:
     It listens on a Unix socket (`path`) and on a TCP port of the loopback (`port`). AOF with
     ``everysec`` as in production, no RDB snapshots, DEBUG allowed. With ``certificates`` (files
     ``ca.pem``, ``server.pem``, ``server.key`` in that directory) the TCP port speaks TLS only.
+    ``config`` are further directives; a space in a value separates arguments.
     """
 
     def __init__(
@@ -249,7 +252,9 @@ class RedisServer:
         if self.password is not None:
             settings["requirepass"] = self.password
         settings |= self._config
-        return [part for name, value in settings.items() for part in (f"--{name}", value)]
+        return [
+            part for name, value in settings.items() for part in (f"--{name}", *value.split(" "))
+        ]
 
     def _answers(self) -> bool:
         try:
@@ -273,7 +278,7 @@ class RedisServer:
 
 def make_certificates(directory: Path) -> None:
     """Write ``ca.pem``, ``server.pem`` and ``server.key`` for 127.0.0.1, valid for an hour."""
-    now = datetime.datetime.now(datetime.UTC)
+    now = dt.datetime.now(dt.UTC)
     ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     authority = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
     server = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
@@ -284,8 +289,8 @@ def make_certificates(directory: Path) -> None:
             subject_name=subject,
             public_key=public,
             serial_number=x509.random_serial_number(),
-            not_valid_before=now - datetime.timedelta(minutes=1),
-            not_valid_after=now + datetime.timedelta(hours=1),
+            not_valid_before=now - dt.timedelta(minutes=1),
+            not_valid_after=now + dt.timedelta(hours=1),
         ).add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
         if not ca:
             address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
@@ -301,7 +306,7 @@ def make_certificates(directory: Path) -> None:
 
 
 def _ask(connection: socket.socket, arguments: tuple[str | bytes | int, ...]) -> object:
-    connection.sendall(hiredis.pack_command(arguments))
+    connection.sendall(pack(*arguments))
     reader = hiredis.Reader(notEnoughData=Ellipsis)
     while (reply := reader.gets()) is Ellipsis:
         data = connection.recv(65536)
@@ -309,8 +314,8 @@ def _ask(connection: socket.socket, arguments: tuple[str | bytes | int, ...]) ->
             raise ConnectionResetError("Redis closed the connection")
         reader.feed(data)
     if isinstance(reply, hiredis.ReplyError):
-        raise RuntimeError(str(reply))
-    return reply  # type: ignore[no-any-return]
+        raise RuntimeError(str(reply))  # noqa: TRY004 - it is a value that means failure
+    return reply
 
 
 def _die_with_parent() -> None:

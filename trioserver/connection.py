@@ -115,11 +115,11 @@ class Shared:
     """Called with what was being done and the bug."""
     log_end: Callable[["Connection", CloseReason], None]
     stamp: Stamp = attrs.field(factory=Stamp)
-    random: random.Random = attrs.field(factory=random.Random)
+    rng: random.Random = attrs.field(factory=random.Random)
 
     def jittered(self, interval: float) -> float:
         """Return ``interval`` ± `JITTER`."""
-        return interval * (1 + JITTER * (2 * self.random.random() - 1))
+        return interval * (1 + JITTER * (2 * self.rng.random() - 1))
 
 
 class Connection:
@@ -197,6 +197,11 @@ class Connection:
         pace = shared.pace
         self._ping_at = now + shared.jittered(pace.ping_interval or math.inf)
         self._beat_at = now + shared.jittered(pace.heartbeat_interval or math.inf)
+
+    @property
+    def user(self) -> str | None:
+        """Who this is; None while no credential has come."""
+        return self._session.user
 
     # The task's half: everything that awaits.
 
@@ -358,7 +363,7 @@ class Connection:
 
     def _goodbye(self, reason: CloseReason, reconnect_in_ms: int | None) -> bytes:
         if reconnect_in_ms is None:
-            reconnect_in_ms = self._shared.random.randrange(RECONNECT_JITTER_MS)
+            reconnect_in_ms = self._shared.rng.randrange(RECONNECT_JITTER_MS)
         goodbye = messages.Goodbye(
             reason.label, reason.reconnect, reconnect_in_ms if reason.reconnect else 0
         )
@@ -438,14 +443,18 @@ class Connection:
     def _text(self, payload: bytes, now: float, replies: list[bytes]) -> CloseReason | None:
         """Perform what the session decides; return how the connection ends, if it does."""
         shared = self._shared
-        shared.tally.messages_in += 1
-        match self._session.receive(payload, now, shared.stamp()):
-            case session.Send(data):
-                replies.append(frames.encode_text(data))
-                shared.tally.messages_out += 1
+        tally = shared.tally
+        tally.messages_in += 1
+        action = self._session.receive(payload, now, shared.stamp())
+        if type(action) is session.Send:
+            # The usual one first, and by identity: a class pattern costs 0.3 µs.
+            replies.append(frames.encode_text(action.data))
+            tally.messages_out += 1
+            return None
+        match action:
             case session.SendError(data, code):
                 replies.append(frames.encode_text(data))
-                shared.tally.error(code)
+                tally.error(code)
             case session.Authenticate(token):
                 return self._authenticate(token)
             case session.Close(reason):

@@ -62,7 +62,7 @@ class Listener:
     draining: bool = attrs.field(default=False, init=False)
     """Whether WebSocket handshakes are refused with 503."""
     _nursery: trio.Nursery | None = attrs.field(default=None, init=False)
-    _numbers: itertools.count[int] = attrs.field(factory=itertools.count, init=False)
+    _numbers: "itertools.count[int]" = attrs.field(factory=itertools.count, init=False)
 
     def open(self, nursery: trio.Nursery) -> None:
         """Give the connections their place to live; before the first `admit`."""

@@ -213,6 +213,19 @@ def notification_from_raw(data: bytes, timestamp: str, max_payload: int) -> byte
     return encode(_Notification(published.type, payload, timestamp))
 
 
+def raw_publish(kind: str, payload: bytes) -> bytes:
+    """Return what a raw ``PUBLISH`` must carry for a notification of this type.
+
+    Raises:
+        BadPublish: The payload is not JSON.
+    """
+    try:
+        msgspec.json.decode(payload)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise BadPublish(f"the payload is not JSON: {error}") from None
+    return encode({"type": kind, "payload": msgspec.Raw(payload)})
+
+
 def rfc3339(milliseconds: int) -> str:
     """Return a moment as RFC 3339 UTC with milliseconds.
 

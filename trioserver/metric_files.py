@@ -148,7 +148,7 @@ class MetricFile:
     Not for two threads at once.
     """
 
-    __slots__ = ("_fd", "_map", "_offsets", "path")
+    __slots__ = ("_map", "_offsets", "path")
 
     def __init__(self, path: Path, values: Mapping[str, float]) -> None:
         """Write the file, lock it and put it in place of any older one.
@@ -168,13 +168,14 @@ class MetricFile:
             with contextlib.suppress(OSError):  # no locks on this file system: see is_owned
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _write_all(fd, content)
+            # It keeps a duplicate of the descriptor, and with it the lock.
             self._map = mmap.mmap(fd, len(content))
             draft.replace(path)
         except BaseException:
-            os.close(fd)
             draft.unlink(missing_ok=True)
             raise
-        self._fd = fd
+        finally:
+            os.close(fd)
 
     def store(self, index: int, value: float) -> None:
         """Store the value of the key that was the ``index``-th at construction."""
@@ -184,9 +185,7 @@ class MetricFile:
 
     def close(self) -> None:
         """Let go of the file, which stays where it is. Idempotent."""
-        if not self._map.closed:
-            self._map.close()
-            os.close(self._fd)
+        self._map.close()
 
 
 def _write_all(fd: int, content: bytes) -> None:

@@ -52,7 +52,7 @@ DELIVERY_SOURCES: Final = ("ephemeral",)
 """Where a delivered notification came from."""
 
 HTTP_PATHS: Final = ("/", "/healthz", "/readyz", "/health", "/metrics", OTHER)
-HTTP_STATUSES: Final = ("200", "400", "404", "405", "413", "431", "500", "503", OTHER)
+HTTP_STATUSES: Final = ("200", "404", "405", "431", "500", "503", OTHER)
 
 # From a page that was reloaded at once to a tab that stayed open all day.
 _DURATION_BOUNDS: Final = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0)

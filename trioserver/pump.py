@@ -90,6 +90,7 @@ class Pump:
         self._epoll = select.epoll()
         self._peers: dict[int, Peer] = {}
         self._on_bug = on_bug
+        self._emptied = trio.Event()
         self.now = time.monotonic()
         """The monotonic clock as of this round, in seconds: one reading serves all its events."""
         self.wheel: Wheel[TimedPeer] = Wheel(self.now)
@@ -97,6 +98,8 @@ class Pump:
     def register(self, peer: Peer, interest: int = READ) -> None:
         """Begin to watch ``peer.fd``."""
         self._epoll.register(peer.fd, interest)
+        if not self._peers:
+            self._emptied = trio.Event()
         self._peers[peer.fd] = peer
 
     def replace(self, peer: Peer) -> None:
@@ -112,6 +115,8 @@ class Pump:
         if self._peers.get(peer.fd) is peer:
             del self._peers[peer.fd]
             self._epoll.unregister(peer.fd)
+            if not self._peers:
+                self._emptied.set()
 
     def linger(self, sock: socket.socket, peer: Peer) -> None:
         """Close ``sock``, which ``peer`` held until now, so that its last bytes arrive."""
@@ -119,6 +124,11 @@ class Pump:
 
     def __len__(self) -> int:
         return len(self._peers)
+
+    async def wait_empty(self) -> None:
+        """Return when no socket is registered any more."""
+        if self._peers:
+            await self._emptied.wait()
 
     async def run(self) -> NoReturn:
         """Serve all registered sockets until cancelled; closes the epoll then.
@@ -212,8 +222,15 @@ class Door:
 
     def readable(self) -> None:
         """Accept up to `ACCEPTS_PER_ROUND` connections."""
+        self._accept(ACCEPTS_PER_ROUND)
+
+    def empty(self) -> None:
+        """Accept everybody who waits now: closing a full queue would reset them."""
+        self._accept(socket.SOMAXCONN)
+
+    def _accept(self, most: int) -> None:
         accept = self._sock.accept
-        for _ in range(ACCEPTS_PER_ROUND):
+        for _ in range(most):
             try:
                 sock, _address = accept()
             except BlockingIOError:

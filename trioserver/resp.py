@@ -1,4 +1,4 @@
-"""Where Redis is and how the hot connection speaks to it: bytes and values, no I/O.
+"""How the hot connection speaks to Redis: bytes and values, no I/O.
 
 The connection that carries the subscription is ours from the first byte (redis-py costs ten
 times as much per message), so its few words are here:
@@ -37,63 +37,13 @@ _UNSUBSCRIBED: Final = b"unsubscribe"
 _PONG: Final = b"pong"
 
 
-@attrs.frozen(kw_only=True)
-class Tls:
-    """How the server's certificate is checked and ours is shown."""
-
-    verify: bool = True
-    """Whether the server must prove who it is. False only for tests and old set-ups."""
-    check_hostname: bool = True
-    """Whether the certificate must be for the host that was dialled; needs `verify`."""
-    ca_file: str | None = None
-    """PEM file of authorities, trusted besides those of the system."""
-    cert_file: str | None = None
-    """PEM file of our own certificate, if the server asks for one."""
-    key_file: str | None = None
-    """PEM file of its key."""
-
-
-def _mask(secret: str | None) -> str:
-    return repr(secret) if secret is None else "'***'"
-
-
-@attrs.frozen(kw_only=True)
-class Endpoint:
-    """One Redis server: a TCP address or a Unix socket, and the credentials."""
-
-    host: str = "localhost"
-    port: int = 6379
-    path: str | None = None
-    """Unix socket; if set, host, port and tls mean nothing."""
-    db: int = 0
-    """Database number of commands. Publish and subscribe ignore it, by Redis's design."""
-    username: str | None = None
-    password: str | None = attrs.field(default=None, repr=_mask)
-    tls: Tls | None = None
-
-    @property
-    def target(self) -> str:
-        """Return the address for people: never a secret."""
-        if self.path is not None:
-            return f"unix://{self.path}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'rediss' if self.tls else 'redis'}://{host}:{self.port}/{self.db}"
-
-    def masked(self, text: str) -> str:
-        """Return ``text`` without our password: some errors of Redis repeat the command."""
-        return text.replace(self.password, "***") if self.password else text
-
-
 def pack(*command: Argument) -> bytes:
     """Return one command as Redis wants it.
 
     Raises:
         TypeError: An argument is neither bytes, text nor a number.
     """
-    try:
-        packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type] # stub: one item
-    except hiredis.HiredisError as error:
-        raise TypeError(str(error)) from error
+    packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type] # stub: one item only
     return packed
 
 
@@ -143,14 +93,15 @@ def interpret(reply: object) -> Confirmation | None:
             raise RedisUnavailable(f"protocol error: unexpected reply {reply!r:.80}")
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, kw_only=True)
 class Greeting:
     """The first exchange on a new connection, without I/O.
 
     Send `hello`; give each reply to `receive` and send what it returns, until `done`.
     """
 
-    endpoint: Endpoint
+    username: str | None
+    password: str | None
     client_name: str
     """Shown by CLIENT LIST; no spaces."""
     done: bool = attrs.field(default=False, init=False)
@@ -161,9 +112,9 @@ class Greeting:
     def hello(self) -> bytes:
         """Return the first bytes to send."""
         credentials: tuple[str, ...] = ()
-        if self.endpoint.password is not None:
+        if self.password is not None:
             # HELLO wants a user; "default" is who a bare password belongs to.
-            credentials = ("AUTH", self.endpoint.username or "default", self.endpoint.password)
+            credentials = ("AUTH", self.username or "default", self.password)
         self._awaiting.append("HELLO")
         return pack("HELLO", "3", *credentials, "SETNAME", self.client_name)
 
@@ -187,18 +138,19 @@ class Greeting:
         if answered == "AUTH" and error.lower().startswith(_AUTH_TAKES_ONE):
             # Redis < 6 knows no users, but URLs written for it often carry a made-up one.
             self._awaiting.append("AUTH only")
-            return pack("AUTH", self.endpoint.password or "")
+            return pack("AUTH", self.password or "")
         if answered == "CLIENT":
             return b""  # a nameless connection is as good
-        raise RedisRefused(self.endpoint.masked(error))
+        # Some errors repeat the command.
+        raise RedisRefused(error.replace(self.password, "***") if self.password else error)
 
     def _old_greeting(self) -> bytes:
         """AUTH and CLIENT SETNAME, as before HELLO existed."""
         greeting = b""
-        if self.endpoint.password is not None:
-            users = (self.endpoint.username,) if self.endpoint.username else ()
+        if self.password is not None:
+            users = (self.username,) if self.username else ()
             self._awaiting.append("AUTH")
-            greeting += pack("AUTH", *users, self.endpoint.password)
+            greeting += pack("AUTH", *users, self.password)
         self._awaiting.append("CLIENT")
         return greeting + pack("CLIENT", "SETNAME", self.client_name)
 

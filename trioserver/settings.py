@@ -20,12 +20,10 @@ again. What would be left of it is the merging of three mappings.
 """
 # ruff: noqa: RUF009 - setting() returns a field of attrs, not a shared default
 
-import difflib
 import functools
 import json
 import os
 import re
-import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -126,7 +124,7 @@ def _duration(text: str, bare: str, low: float, high: float) -> float:
     if match is None:
         raise ValueError("is not a duration")
     number, unit = match.groups()
-    seconds = float(Decimal(number) * _UNITS[unit or bare] / 1000)
+    seconds = round(float(Decimal(number) * _UNITS[unit or bare] / 1000), 9)
     if not low <= seconds <= high:
         raise ValueError(f"is not from {_duration_text(low)} to {_duration_text(high)}")
     return seconds
@@ -703,6 +701,8 @@ def find(name: str) -> Setting | None:
 
 def suggest(name: str) -> str:
     """Return the known name most like ``name``, in lower case; empty if none is like it."""
+    import difflib  # noqa: PLC0415 - only mistakes need it
+
     return next(iter(difflib.get_close_matches(_plain_name(name), _by_any_name(), n=1)), "")
 
 
@@ -845,10 +845,14 @@ def _from_file(config_file: Path | None, environ: Mapping[str, str]) -> dict[str
         return _from_toml(config_file, "--config")
     if named := environ.get(FILE_VARIABLE):
         return _from_toml(Path(named), f"{FILE_VARIABLE} (environment)")
-    return _from_toml(DEFAULT_FILE, "configuration file") if DEFAULT_FILE.exists() else {}
+    # os.path, because Path.exists() raises in a directory that may not be searched.
+    exists = os.path.exists(DEFAULT_FILE)  # noqa: PTH110
+    return _from_toml(DEFAULT_FILE, "configuration file") if exists else {}
 
 
 def _from_toml(path: Path, named_by: str) -> dict[str, _Given]:
+    import tomllib  # noqa: PLC0415 - children have no file to read
+
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -79,7 +79,7 @@ def make_app(sources: Sources) -> Starlette:
             Route("/health", routes.health),
             Route("/metrics", routes.metrics),
         ],
-        exception_handlers={HTTPException: _problem},
+        exception_handlers={HTTPException: _problem, Exception: _internal_error},
     )
     # A redirect would be built from the Host header, which is whatever the client says.
     app.router.redirect_slashes = False
@@ -212,3 +212,8 @@ async def _problem(_request: Request, error: Exception) -> Response:
     response = _problem_response(error.status_code)
     response.headers.update(error.headers or {})
     return response
+
+
+async def _internal_error(_request: Request, _error: Exception) -> Response:
+    # Starlette raises the error once more after this, and `front` logs it.
+    return _problem_response(HTTPStatus.INTERNAL_SERVER_ERROR)

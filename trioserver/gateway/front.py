@@ -33,7 +33,7 @@ MAX_HEADERS: Final = 100
 MAX_REQUEST_ID: Final = 128
 
 _MAX_LOGGED_PATH: Final = 200
-# Answers that monitors fetch all day long; in the log only when something is wrong.
+# Monitors fetch these all day long, and "not ready" is an answer like any other.
 _ROUTINE: Final = frozenset({"/healthz", "/readyz", "/health", "/metrics"})
 
 
@@ -51,7 +51,7 @@ class Front:
             return
         began = time.perf_counter()
         answer = _Answer(send, request_id(scope["headers"]))
-        scope["state"]["request_id"] = answer.request_id
+        scope.setdefault("state", {})["request_id"] = answer.request_id
         try:
             await self._respond(scope, receive, answer)
         except Exception:  # noqa: BLE001 - a bug in one route ends that request, nothing else
@@ -136,10 +136,10 @@ async def _no_body() -> Message:
 def _log(scope: Scope, answer: _Answer, seconds: float) -> None:
     log = logs.get_logger()
     path = scope["path"][:_MAX_LOGGED_PATH]
-    if answer.status >= 500:  # noqa: PLR2004 - the server's fault, by HTTP
-        write = log.warning
+    if path in _ROUTINE and answer.status in {200, 503}:
+        write = log.debug
     else:
-        write = log.debug if path in _ROUTINE else log.info
+        write = log.warning if answer.status >= 500 else log.info  # noqa: PLR2004 - our own fault
     write(
         "request",
         request_id=answer.request_id,

@@ -1,0 +1,173 @@
+"""Children as the loop sees them: what each is started with, and its end of the control pair."""
+
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import attrs
+
+from supervisor.events import Kind
+from supervisor.processes import Processes
+from trioserver.status import (
+    CONTROL_FD,
+    LISTEN_FD,
+    PACKET_BYTES,
+    SETTINGS_FD,
+    Drain,
+    Report,
+    decode_report,
+    encode,
+)
+
+_PACKETS_PER_TURN: Final = 64
+"""A child that talks without end must not keep the loop from its siblings."""
+
+_PYTHON: Final = (sys.executable, "-P", "-m")
+# Not resolved: if it leads through a symbolic link to the current release, the next generation
+# is started from whatever the link points to by then.
+
+
+@attrs.frozen(kw_only=True)
+class Commands:
+    """What is executed. Tests put stand-ins here."""
+
+    worker: tuple[str, ...] = (*_PYTHON, "trioserver.worker")
+    """``--slot N --generation G`` is appended."""
+    gateway: tuple[str, ...] = (*_PYTHON, "trioserver.gateway")
+    """``--generation G`` is appended."""
+    snapshot: tuple[str, ...] = (*_PYTHON, "trioserver", "config", "--snapshot")
+    """The flags of the original command are appended; prints a settings snapshot."""
+    redis: tuple[str, ...] = ()
+    """The whole command of the embedded Redis; empty if there is none."""
+
+
+class Children:
+    """Spawns children, and keeps this side of their control pairs."""
+
+    def __init__(
+        self,
+        processes: Processes,
+        commands: Commands,
+        *,
+        doors: Sequence[socket.socket],
+        admin_door: socket.socket,
+        env: Mapping[str, str],
+    ) -> None:
+        """Prepare; nothing is spawned.
+
+        Args:
+            processes: Where they are spawned.
+            commands: What is executed.
+            doors: The listening socket of each slot.
+            admin_door: The gateway's.
+            env: Environment of the children.
+        """
+        self._processes = processes
+        self._commands = commands
+        self._doors = doors
+        self._admin_door = admin_door
+        self._env = env
+        self._snapshots: dict[int, int] = {}
+        self._pairs: dict[int, socket.socket] = {}
+
+    def keep_snapshot(self, generation: int, snapshot: bytes) -> None:
+        """Use these settings for every child of that generation, spawned now or later."""
+        # A file in memory: it has no name, survives nobody, and is sealed against every writer.
+        fd = os.memfd_create("settings", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        with os.fdopen(os.dup(fd), "wb") as file:
+            file.write(snapshot)
+        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        self.drop_snapshot(generation)
+        self._snapshots[generation] = fd
+
+    def drop_snapshot(self, generation: int) -> None:
+        """Forget the settings of a generation of which nobody will be spawned any more."""
+        fd = self._snapshots.pop(generation, None)
+        if fd is not None:
+            os.close(fd)
+
+    def spawn(self, kind: Kind, slot: int, generation: int) -> int:
+        """Start a child and return its pid.
+
+        Raises:
+            OSError: It could not be started; nothing is left behind.
+        """
+        if kind is Kind.REDIS:
+            # Its log goes where ours goes. Nobody's business is where the terminal's locale went.
+            env = {**self._env, "LC_ALL": "C"}
+            return self._processes.spawn(self._commands.redis, env=env, fds={1: 2})
+        if kind is Kind.WORKER:
+            argv = (*self._commands.worker, "--slot", str(slot))
+            door = self._doors[slot]
+        else:
+            argv, door = self._commands.gateway, self._admin_door
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            fds = {
+                CONTROL_FD: theirs.fileno(),
+                LISTEN_FD: door.fileno(),
+                SETTINGS_FD: self._snapshots[generation],
+            }
+            try:
+                pid = self._processes.spawn(
+                    (*argv, "--generation", str(generation)), env=self._env, fds=fds
+                )
+            except OSError:
+                ours.close()
+                raise
+        ours.setblocking(False)
+        self._pairs[pid] = ours
+        return pid
+
+    def pair(self, pid: int) -> socket.socket | None:
+        """Return our end of a child's pair, to wait for; ``None`` for Redis and strangers."""
+        return self._pairs.get(pid)
+
+    def receive(self, pid: int) -> tuple[list[Report], bool]:
+        """Return what a child has said, and whether it may say more. Never blocks.
+
+        What is not understood is skipped: it was said by newer code.
+        """
+        reports: list[Report] = []
+        pair = self._pairs.get(pid)
+        if pair is None:
+            return reports, False
+        for _ in range(_PACKETS_PER_TURN):
+            try:
+                packet = pair.recv(PACKET_BYTES)
+            except BlockingIOError:
+                break
+            except ConnectionError:
+                return reports, False
+            if not packet:
+                return reports, False
+            report = decode_report(packet)
+            if report is not None:
+                reports.append(report)
+        return reports, True
+
+    def send(self, pid: int, order: Drain) -> None:
+        """Tell a child what to do. Never blocks; one that cannot take it is killed in time."""
+        pair = self._pairs.get(pid)
+        if pair is not None:
+            try:
+                pair.send(encode(order))
+            except (BlockingIOError, ConnectionError):
+                return
+
+    def forget(self, pid: int) -> None:
+        """Close the pair of a child that is no more. Idempotent."""
+        pair = self._pairs.pop(pid, None)
+        if pair is not None:
+            pair.close()
+
+    def close(self) -> None:
+        """Close whatever is open here; children that live are on their own."""
+        for pid in list(self._pairs):
+            self.forget(pid)
+        for generation in list(self._snapshots):
+            self.drop_snapshot(generation)

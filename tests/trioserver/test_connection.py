@@ -1,0 +1,704 @@
+"""A connection: what comes first, what comes last, and what it leaves behind."""
+
+import collections
+import json
+import socket
+import time
+
+import attrs
+import pytest
+import trio
+from trio.testing import MockClock
+
+from tests.trioserver.wire import (
+    BINARY,
+    BROADCAST,
+    CALM,
+    CLOSE,
+    PING,
+    PONG,
+    TEXT,
+    Client,
+    close,
+    frame,
+    head,
+    running,
+    text,
+    token,
+    topic,
+    until,
+)
+from trioserver import connection as connection_module
+from trioserver.errors import CloseReason
+from trioserver.outbox import OutboxLimits
+
+HURRY = 20.0
+"""How much faster than the wall Trio's clock runs where a test waits for the long deadlines."""
+
+
+@pytest.fixture
+def fast_clock() -> MockClock:
+    """Make Trio's deadlines come sooner; sockets and the pump's own clock stay real."""
+    return MockClock(rate=HURRY)
+
+
+# What comes first.
+
+
+async def test_connection_established_comes_first_and_says_who_and_how_long() -> None:
+    """The first message names the user, the connection and what is left of the token."""
+    async with running(pace=attrs.evolve(CALM, heartbeat_interval=30.0)) as worker:
+        client = await worker.dial()
+        await client.send(head(credential=token("ann", 100)))
+        assert (await client.response())[0] == 101
+        established = await client.message()
+        assert {
+            "type": "connection_established",
+            "connection_id": "w0-0",
+            "user": "ann",
+            "resumed": False,
+            "count": 0,
+            "heartbeat_seconds": 30.0,
+        } == {key: established[key] for key in list(established)[:6]}
+        expires_in = established["expires_in"]
+        assert isinstance(expires_in, int)
+        assert 95 <= expires_in <= 100
+        assert "reason" not in established
+        await client.aclose()
+        await worker.settled()
+
+
+async def test_a_notification_published_while_corked_follows_the_first_message() -> None:
+    """Nothing overtakes connection_established, and nothing that came meanwhile is lost."""
+    async with running() as worker:
+        worker.follower.patient = True
+        client = await worker.dial()
+        await client.send(head(credential=token()))
+        # The 101 does not wait for Redis.
+        assert (await client.response())[0] == 101
+        for number in range(10):
+            await worker.publish(topic("ann") if number % 2 else BROADCAST, number)
+        await client.send(text({"type": "ping"}))
+        await until(lambda: worker.tally.messages_in == 1)
+        worker.follower.confirm(topic("ann"))
+        got = [await client.message() for _ in range(12)]
+        assert "connection_established" == got[0]["type"]
+        assert list(range(10)) == [message["payload"] for message in got[1:11]]
+        assert {"type": "pong"} == got[11]
+        await client.aclose()
+        await worker.settled()
+
+
+async def test_a_notification_published_after_the_first_message_arrives() -> None:
+    """Every device of the user gets it, nobody else does, and a broadcast reaches all."""
+    async with running() as worker:
+        phone, laptop, other = [await worker.join(user) for user in ("ann", "ann", "bob")]
+        assert 2 == worker.tally.users
+        await worker.publish(topic("ann"), "hers", kind="mail")
+        await worker.publish(BROADCAST, "all")
+        for client in (phone, laptop):
+            hers = await client.message()
+            assert ("mail", "hers") == (hers["type"], hers["payload"])
+        for client in (phone, laptop, other):
+            assert "all" == (await client.message())["payload"]
+            await client.aclose()
+        await worker.settled()
+
+
+async def test_frames_right_behind_the_head_are_answered_in_order() -> None:
+    """A client need not wait for the 101 before it speaks."""
+    async with running() as worker:
+        client = await worker.dial()
+        messages = [text({"type": "message", "payload": i}) for i in range(50)]
+        await client.send(head(credential=token()) + b"".join(messages))
+        assert (await client.response())[0] == 101
+        assert "connection_established" == (await client.message())["type"]
+        assert list(range(50)) == [(await client.message())["payload"] for _ in range(50)]
+        await client.aclose()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 9, 20])
+@pytest.mark.parametrize("named", [True, False])
+async def test_bytes_that_come_before_the_task_has_its_first_turn_keep_their_place(
+    cut: int, named: bool
+) -> None:
+    """The pump may be called again before the task starts: the 101 still comes first."""
+    async with running(pumping=False) as worker:
+        client, arrival = worker.admitted()
+        message = text({"type": "message" if named else "auth", "token": token()})
+        await client.send(head(credential=token() if named else None) + message[:cut])
+        arrival.readable()
+        connection = worker.only()
+        raw = socket.fromfd(client.stream.socket.fileno(), socket.AF_INET, socket.SOCK_STREAM)
+        with raw:
+            # No checkpoint between the two turns of the pump.
+            raw.send(message[cut:])
+        connection.readable()
+        worker.start_pump()
+        assert (await client.response())[0] == 101
+        assert "connection_established" == (await client.message())["type"]
+        if named:
+            assert "message_response" == (await client.message())["type"]
+        await client.aclose()
+
+
+async def test_without_redis_the_first_message_says_unavailable_after_five_seconds(
+    fast_clock: MockClock,
+) -> None:
+    """A client need not wait for Redis to know that it is connected."""
+    async with running() as worker:
+        worker.follower.patient = True
+        client = await worker.dial()
+        started = trio.current_time()
+        await client.send(head(credential=token()))
+        assert (await client.response())[0] == 101
+        established = await client.message()
+        assert "unavailable" == established["reason"]
+        assert 5.0 == pytest.approx(trio.current_time() - started, abs=4.0)
+        await worker.publish(topic("ann"), "late")
+        assert "late" == (await client.message())["payload"]
+        await client.aclose()
+
+
+# Credentials as the first message.
+
+
+async def test_a_token_in_the_first_message_is_as_good_as_one_in_the_handshake() -> None:
+    """auth opens what a credential in the handshake opens."""
+    async with running() as worker:
+        client = await worker.nameless()
+        await client.send(text({"type": "auth", "token": token("bob")}))
+        assert "bob" == (await client.message())["user"]
+        await worker.publish(topic("bob"), 1)
+        assert 1 == (await client.message())["payload"]
+        assert 1 == worker.tally.auth["ok"]
+        await client.aclose()
+        await worker.settled()
+
+
+async def test_before_auth_every_other_message_is_an_error_and_nothing_else() -> None:
+    """A nameless client gets errors, stays connected and gets no notification."""
+    async with running() as worker:
+        client = await worker.nameless()
+        await worker.publish(BROADCAST, "not for you")
+        for message in ({"type": "ping"}, {"type": "message", "payload": 1}):
+            await client.send(text(message))
+            assert "unauthenticated" == (await client.message())["code"]
+        await client.send(frame(TEXT, b"no json"))
+        assert "bad_json" == (await client.message())["code"]
+        await client.send(text({"type": "auth", "token": token()}))
+        assert "connection_established" == (await client.message())["type"]
+        await client.send(text({"type": "auth", "token": token()}))
+        assert "already_authenticated" == (await client.message())["code"]
+        await client.aclose()
+
+
+@pytest.mark.parametrize("early", [True, False])
+async def test_messages_right_behind_auth_are_answered_after_the_first_message(
+    early: bool,
+) -> None:
+    """connection_established comes first for a client that pipelines auth and a message."""
+    async with running() as worker:
+        client = await worker.dial()
+        auth = text({"type": "auth", "token": token()})
+        both = text({"type": "ping"}) + auth + text({"type": "message", "payload": 7})
+        if early:
+            await client.send(head() + both)
+            assert (await client.response())[0] == 101
+        else:
+            await client.send(head())
+            assert (await client.response())[0] == 101
+            await client.send(both)
+        kinds = [(await client.message())["type"] for _ in range(3)]
+        assert ["error", "connection_established", "message_response"] == kinds
+        await client.aclose()
+
+
+async def test_a_bad_token_in_the_first_message_ends_with_4401() -> None:
+    """A refusal after the upgrade is a close code."""
+    async with running() as worker:
+        client = await worker.nameless()
+        await client.send(text({"type": "ping"}) + text({"type": "auth", "token": "no"}))
+        assert "unauthenticated" == (await client.message())["code"]
+        await client.send(close(1000))
+        assert ("unauthorized", 4401) == await client.farewell()
+        await worker.settled()
+        assert 1 == worker.tally.auth["invalid"]
+
+
+async def test_no_credentials_in_time_ends_with_4408_whatever_else_is_said() -> None:
+    """The deadline is total: pings and errors do not extend it."""
+    async with running(pace=attrs.evolve(CALM, auth_timeout=0.4)) as worker:
+        client = await worker.nameless()
+        started = time.monotonic()
+        with trio.move_on_after(3):
+            while worker.listener.connections and worker.only().reason is None:
+                await client.send(frame(PING) + text({"type": "ping"}))
+                await trio.sleep(0.05)
+        assert 0.4 <= time.monotonic() - started + 0.05
+        assert time.monotonic() - started < 1.0
+        await client.send(close(1000))
+        assert ("auth_timeout", 4408) == await client.farewell()
+        await worker.settled()
+
+
+# Frames.
+
+
+async def test_of_several_pings_in_one_read_the_latest_is_answered() -> None:
+    """A flood of pings costs one pong per read."""
+    async with running() as worker:
+        client = await worker.join()
+        await client.send(b"".join(frame(PING, b"%d" % i) for i in range(100)))
+        payloads = []
+        while not payloads or payloads[-1] != b"99":
+            opcode, payload = await client.frame()
+            assert PONG == opcode
+            payloads.append(payload)
+        assert len(payloads) < 100
+        await client.aclose()
+
+
+BIG = b"x" * 2000
+FAULTS = {
+    "binary": (frame(BINARY, b"x"), "unsupported_data", 1003),
+    "binary in fragments": (
+        frame(BINARY, b"x", fin=False) + frame(0, b"y"),
+        "unsupported_data",
+        1003,
+    ),
+    "too big": (frame(TEXT, BIG), "too_big", 1009),
+    "too big in sum": (frame(TEXT, BIG[:600], fin=False) + frame(0, BIG[:600]), "too_big", 1009),
+    "too many fragments": (
+        frame(TEXT, b"", fin=False) + frame(0, b"", fin=False) * 128,
+        "too_big",
+        1009,
+    ),
+    "not utf-8": (frame(TEXT, b"\xff"), "invalid_utf8", 1007),
+    "unmasked": (b"\x81\x01x", "protocol_error", 1002),
+    "reserved bit": (frame(TEXT, b"{}", rsv=4), "protocol_error", 1002),
+    "close code 1005": (close(1005), "protocol_error", 1002),
+    "close reason not utf-8": (close(1000, b"\xff"), "invalid_utf8", 1007),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_fault_ends_with_its_close_code_after_what_came_before_it(fault: str) -> None:
+    """What is right before a fault is answered, nothing after it is."""
+    data, reason, code = FAULTS[fault]
+    async with running(max_message=1000) as worker:
+        client = await worker.join()
+        good = text({"type": "ping", "ref": "before"})
+        await client.send(good + data + text({"type": "ping", "ref": "after"}))
+        assert {"type": "pong", "ref": "before"} == await client.message()
+        await client.send(close(code))
+        assert (reason, code) == await client.farewell()
+        await worker.settled()
+        assert 1 == worker.tally.closes[reason]
+
+
+async def test_twenty_malformed_messages_end_with_1008() -> None:
+    """A broken client is told nineteen times, then ended."""
+    async with running() as worker:
+        client = await worker.join()
+        await client.send(frame(TEXT, b"?") * 30 + close(1000))
+        for _ in range(19):
+            assert "bad_json" == (await client.message())["code"]
+        assert ("policy", 1008) == await client.farewell()
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 3000, 4999])
+async def test_the_close_handshake_echoes_the_code(code: int) -> None:
+    """The client's Close is answered with its own code, then the stream ends without RST."""
+    async with running() as worker:
+        client = await worker.join()
+        await client.send(text({"type": "ping"}) + close(code, b"bye") + text({"type": "ping"}))
+        assert "pong" == (await client.message())["type"]
+        assert (CLOSE, code.to_bytes(2, "big")) == await client.frame()
+        assert b"" == await client.rest()
+        await client.aclose()
+        await worker.settled()
+        assert [CloseReason.PEER_CLOSED] == worker.ends
+
+
+async def test_an_empty_close_is_echoed_empty() -> None:
+    """A Close without a code is answered with one without a code."""
+    async with running() as worker:
+        client = await worker.join()
+        await client.send(frame(CLOSE))
+        assert (CLOSE, b"") == await client.frame()
+        assert b"" == await client.rest()
+
+
+@pytest.mark.parametrize("first", [frame(BINARY, b"x"), frame(TEXT, b"?") * 20])
+async def test_a_close_behind_a_fault_in_one_read_counts_as_the_clients_close(
+    first: bytes,
+) -> None:
+    """When both have sent Close, the server does not wait for another one."""
+    async with running() as worker:
+        client = await worker.join()
+        started = time.monotonic()
+        await client.send(first + close(1000))
+        await client.farewell()
+        assert time.monotonic() - started < 2.0
+
+
+# Ends.
+
+
+async def test_an_end_before_the_task_has_started_is_not_lost() -> None:
+    """A cancel in the same turn as the handshake still says goodbye, behind the 101."""
+    async with running(pumping=False) as worker:
+        client, arrival = worker.admitted()
+        await client.send(head(credential=token()))
+        arrival.readable()
+        worker.only().end(CloseReason.GOING_AWAY, reconnect_in_ms=5)
+        worker.start_pump()
+        assert (await client.response())[0] == 101
+        goodbye = await client.message()
+        assert ("going_away", True, 5) == tuple(
+            goodbye[key] for key in ("reason", "reconnect", "reconnect_in_ms")
+        )
+        assert 1001 == int.from_bytes((await client.frame())[1][:2], "big")
+        await client.send(close(1001))
+        assert b"" == await client.rest()
+        await worker.settled()
+
+
+async def test_the_first_reason_counts_and_the_hub_forgets_at_once() -> None:
+    """end is idempotent and synchronous: nothing is offered afterwards."""
+    async with running() as worker:
+        client = await worker.join()
+        connection = worker.only()
+        connection.end(CloseReason.GOING_AWAY)
+        connection.end(CloseReason.INTERNAL_ERROR)
+        assert 0 == len(worker.hub)
+        assert [topic("ann")] == worker.follower.released
+        await worker.publish(topic("ann"), "too late")
+        await worker.publish(BROADCAST, "too late")
+        await client.send(text({"type": "ping"}) + close(1001))
+        assert ("going_away", 1001) == await client.farewell()
+        await worker.settled()
+        assert [CloseReason.GOING_AWAY] == worker.ends
+
+
+async def test_the_topic_is_released_with_the_last_connection_of_a_user() -> None:
+    """Another device keeps the topic."""
+    async with running() as worker:
+        one, two = await worker.join(), await worker.join()
+        await one.aclose()
+        await until(lambda: 1 == len(worker.listener.connections))
+        assert ([], 1) == (worker.follower.released, worker.tally.users)
+        await worker.publish(topic("ann"), "still")
+        assert "still" == (await two.message())["payload"]
+        await two.aclose()
+        await worker.settled()
+        assert [topic("ann")] == worker.follower.released
+
+
+async def leave_silently(client: Client) -> None:
+    await client.aclose()
+
+
+async def leave_with_reset(client: Client) -> None:
+    client.reset()
+
+
+async def leave_half(client: Client) -> None:
+    await client.stream.send_eof()
+
+
+@pytest.mark.parametrize("leave", [leave_silently, leave_with_reset, leave_half])
+@pytest.mark.parametrize("phase", ["arrival", "head", "nameless", "corked", "live", "leaving"])
+async def test_a_client_gone_in_any_phase_leaves_nothing(leave: object, phase: str) -> None:
+    """Hub, wheel, pump and counts settle at zero, whenever and however the client goes."""
+    assert callable(leave)
+    pace = attrs.evolve(CALM, ping_interval=30.0, pong_wait=60.0, auth_timeout=10.0)
+    async with running(pace=pace) as worker:
+        if phase in {"arrival", "head"}:
+            client = await worker.dial()
+            await client.send(head()[: 0 if phase == "arrival" else 30])
+            await until(lambda: len(worker.pump) == 2)
+        elif phase == "nameless":
+            client = await worker.nameless()
+        elif phase == "corked":
+            worker.follower.patient = True
+            client = await worker.dial()
+            await client.send(head(credential=token()))
+            await client.response()
+        else:
+            client = await worker.join()
+        if phase == "leaving":
+            worker.only().end(CloseReason.GOING_AWAY)
+            await client.until("goodbye")
+        await leave(client)
+        await worker.settled()
+        assert worker.tally.opened == sum(worker.tally.closes.values())
+        await client.aclose()
+
+
+async def test_a_cancelled_nursery_says_goodbye_and_leaves_nothing() -> None:
+    """Cancelling the task ends the connection with a farewell that is not waited for."""
+    async with running() as worker:
+        client = await worker.join()
+        worker.nursery.cancel_scope.cancel()
+        await until(lambda: not worker.listener.connections)
+        await client.send(close(1001))
+        assert ("going_away", 1001) == await client.farewell()
+        await until(lambda: len(worker.pump) == 1)
+        assert (0, 0) == (len(worker.hub), worker.tally.connections)
+
+
+async def test_everything_cancelled_at_once_ends_without_an_exception() -> None:
+    """The pump may be gone before its connections: they still end quietly."""
+    for _ in range(5):
+        async with running() as worker:
+            clients = [await worker.join(f"user{i}") for i in range(4)]
+            worker.machinery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.01)
+                for client in clients:
+                    await client.aclose()
+        assert (0, 0) == (worker.tally.connections, len(worker.hub))
+
+
+async def test_a_bug_in_a_callback_ends_its_connection_with_1011_and_no_other() -> None:
+    """One connection's bug is its own end: it is logged, and siblings live."""
+    async with running(bugs_expected=True) as worker:
+        victim, sibling = await worker.join("ann"), await worker.join("bob")
+        connection = next(c for c in worker.listener.connections if c.user == "ann")
+
+        def broken(*_: object) -> None:
+            raise LookupError("a bug")
+
+        connection._session.receive = broken  # type: ignore[method-assign]
+        await victim.send(text({"type": "ping"}))
+        await victim.until("goodbye")
+        await victim.send(close(1011))
+        assert (CLOSE, 1011) == (CLOSE, int.from_bytes((await victim.frame())[1][:2], "big"))
+        await sibling.send(text({"type": "ping"}))
+        assert "pong" == (await sibling.message())["type"]
+        assert [LookupError] == [type(bug) for bug in worker.bugs]
+        await sibling.aclose()
+        await victim.aclose()
+        await worker.settled()
+
+
+async def test_a_bug_in_the_task_ends_its_connection_with_1011_and_no_other() -> None:
+    """An exception never leaves run, so the worker's nursery survives."""
+    async with running(bugs_expected=True) as worker:
+        sibling = await worker.join("bob")
+        worker.follower.patient = True
+        victim = await worker.dial()
+        await victim.send(head(credential=token("ann")))
+        await victim.response()
+
+        async def broken() -> None:
+            raise LookupError("a bug")
+
+        pending = worker.follower.pending[topic("ann")]
+        pending.wait = broken  # type: ignore[method-assign]
+        other = await worker.dial()
+        await other.send(head(credential=token("ann")))
+        await other.response()
+        assert "internal_error" == (await other.until("goodbye"))["reason"]
+        await sibling.send(text({"type": "ping"}))
+        assert "pong" == (await sibling.message())["type"]
+        assert 1 == len(worker.bugs)
+        for client in (sibling, victim, other):
+            await client.aclose()
+        await worker.settled()
+
+
+# Slow clients.
+
+
+async def flood(client: Client, most: int) -> int:
+    """Send messages until the server takes no more; return how many bytes it took."""
+    data = text({"type": "message", "payload": "x" * 200}) * 20
+    sent = 0
+    while sent < most:
+        with trio.move_on_after(0.3) as scope:
+            await client.send(data)
+        if scope.cancelled_caught:
+            return sent
+        sent += len(data)
+    return sent
+
+
+async def test_a_client_that_does_not_read_its_answers_is_not_read() -> None:
+    """Its memory is bounded and it lives: when it reads again it gets every answer."""
+    limits = OutboxLimits(max_bytes=1 << 20, max_frames=256)
+    async with running(send_buffer=16 << 10, limits=limits) as worker:
+        client = await worker.join(receive_buffer=16 << 10)
+        sent = 0
+        total = 60_000
+        data = text({"type": "message", "payload": "x" * 200})
+
+        async def write() -> None:
+            nonlocal sent
+            for _ in range(total // 20):
+                await client.send(data * 20)
+                sent += 20
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            await until(lambda: not worker.only()._interest & 1)
+            outbox = worker.only()._outbox
+            assert outbox.waiting_bytes <= limits.max_bytes // 2
+            await trio.sleep(0.1)
+            assert outbox.waiting_bytes <= limits.max_bytes // 2
+            assert sent < total
+            seen = 0
+            while seen < 5_000:
+                message = await client.message()
+                seen += 1
+                assert seen == message["count"]
+            nursery.cancel_scope.cancel()
+        assert worker.only().reason is None
+        client.reset()
+        await worker.settled()
+
+
+async def test_a_slow_reader_that_makes_progress_is_not_taken_for_dead() -> None:
+    """While we do not read a client, its silence is ours: only lack of progress ends it."""
+    pace = attrs.evolve(CALM, ping_interval=0.2, pong_wait=0.6, write_wait=2.0)
+    async with running(pace=pace, send_buffer=4096) as worker:
+        client = await worker.join(receive_buffer=4096)
+        sent = await flood(client, 4 << 20)
+        assert sent < 4 << 20
+        limit = time.monotonic() + 2.0
+        while time.monotonic() < limit:
+            assert await client.stream.receive_some(4096), worker.ends
+            await trio.sleep(0.01)
+        assert worker.only().reason is None
+        client.reset()
+
+
+async def test_an_overflow_ends_with_4410_and_the_farewell_jumps_the_queue() -> None:
+    """A client that reads on gets whole frames, then the goodbye; siblings lose nothing."""
+    limits = OutboxLimits(max_bytes=64 << 10, max_frames=256)
+    async with running(limits=limits, send_buffer=4096) as worker:
+        slow, good = await worker.join("slow", 4096), await worker.join("good")
+        published = 0
+        while CloseReason.TOO_SLOW not in {c.reason for c in worker.listener.connections}:
+            await worker.publish(BROADCAST, "x" * 1000)
+            published += 1
+            assert "x" * 1000 == (await good.message())["payload"]
+            assert published < 10_000
+        assert 1 == worker.tally.failed
+        await slow.send(close(4410))
+        assert ("too_slow", 4410) == await slow.farewell()
+        await good.aclose()
+        await slow.aclose()
+        await worker.settled()
+        assert CloseReason.TOO_SLOW in worker.ends
+
+
+async def test_no_progress_ends_with_4410_and_does_not_hold_the_worker() -> None:
+    """A client that takes nothing for the write deadline is ended, and gone a second later."""
+    pace = attrs.evolve(CALM, write_wait=0.3)
+    async with running(pace=pace, send_buffer=4096) as worker:
+        client = await worker.join(receive_buffer=4096)
+        for _ in range(60):
+            await worker.publish(topic("ann"), "x" * 2000)
+        started = time.monotonic()
+        await until(lambda: CloseReason.TOO_SLOW in worker.ends)
+        assert 1.2 <= time.monotonic() - started <= 2.5
+        client.reset()
+        await worker.settled()
+
+
+# Time.
+
+
+async def test_no_pong_ends_with_4411() -> None:
+    """A client whose stack does not answer pings is ended; one whose does is not."""
+    pace = attrs.evolve(CALM, ping_interval=0.2, pong_wait=0.5)
+    async with running(pace=pace) as worker:
+        dead, alive = await worker.join("dead"), await worker.join("alive")
+
+        async def answer() -> None:
+            while True:
+                opcode, payload = await alive.frame()
+                assert PING == opcode
+                await alive.send(frame(PONG, payload))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)
+            await dead.until("goodbye")
+            await dead.send(close(4411))
+            assert 4411 == int.from_bytes((await dead.frame())[1][:2], "big")
+            await trio.sleep(0.6)
+            nursery.cancel_scope.cancel()
+        assert "alive" == worker.only().user
+        await dead.aclose()
+        await alive.aclose()
+        await worker.settled()
+
+
+async def test_heartbeats_and_pings_come_at_their_interval_and_spread_out() -> None:
+    """Each comes within ± 10 % and a bucket, and not all connections at the same moment."""
+    pace = attrs.evolve(CALM, ping_interval=0.5, heartbeat_interval=0.5, pong_wait=5.0)
+    async with running(pace=pace) as worker:
+        clients = [await worker.join(f"user{i}") for i in range(20)]
+        moments = [c._ping_at for c in worker.listener.connections]
+        assert 20 == len(set(moments))
+        assert 0.02 < max(moments) - min(moments)
+        started = time.monotonic()
+        seen = collections.Counter[int]()
+        while seen[PING] < 3 or seen[TEXT] < 3:
+            opcode, payload = await clients[0].frame()
+            seen[opcode] += 1
+            if opcode == TEXT:
+                beat = json.loads(payload)
+                assert ["type", "ts"] == list(beat)
+        assert 1.2 <= time.monotonic() - started <= 2.2
+        for client in clients:
+            await client.aclose()
+        await worker.settled()
+
+
+async def test_without_pings_silence_ends_an_idle_connection() -> None:
+    """CONNECTION_TIMEOUT counts only where pings are off."""
+    async with running(pace=attrs.evolve(CALM, idle_timeout=0.3)) as worker:
+        client = await worker.join()
+        started = time.monotonic()
+        await client.until("goodbye")
+        assert 0.25 <= time.monotonic() - started <= 1.0
+        await client.aclose()
+        await worker.settled()
+
+
+@pytest.mark.parametrize("piece", [frame(TEXT, b"{", fin=False), frame(TEXT, b"{" * 50)[:20]])
+async def test_a_message_that_is_never_finished_has_a_deadline(
+    piece: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither dripping bytes nor pings in between extend the time for one message."""
+    monkeypatch.setattr(connection_module, "MESSAGE_SECONDS", 0.4)
+    async with running() as worker:
+        client = await worker.join()
+        await client.send(piece)
+        started = time.monotonic()
+        while worker.only().reason is None:
+            if piece[0] == 1:
+                await client.send(frame(PING) + frame(0, b"", fin=False))
+            await trio.sleep(0.05)
+        assert 0.35 <= time.monotonic() - started <= 1.0
+        assert CloseReason.POLICY is worker.only().reason
+        client.reset()
+        await worker.settled()
+
+
+async def test_a_client_that_never_sends_its_close_is_waited_for_a_bounded_time(
+    fast_clock: MockClock,
+) -> None:
+    """Five seconds after our Close the connection is gone."""
+    async with running() as worker:
+        client = await worker.join()
+        worker.only().end(CloseReason.GOING_AWAY)
+        started = trio.current_time()
+        while worker.listener.connections:
+            await trio.sleep(0.1)
+        assert 4.5 <= trio.current_time() - started <= 8.0
+        assert ("going_away", 1001) == await client.farewell()

@@ -1,0 +1,189 @@
+"""Front: what happens around every request, whatever the application does."""
+
+import json
+
+import pytest
+import trio
+
+from trioserver.gateway.front import (
+    Application,
+    Front,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    head_is_too_large,
+    request_id,
+)
+from trioserver.metrics import Tally
+
+
+class Exchange:
+    """One request through a `Front`: a client that sends body parts until it is answered."""
+
+    def __init__(self, app: Application, path: str = "/healthz") -> None:
+        self.tally = Tally()
+        self.sent: list[Message] = []
+        self.received = 0
+        self._front = Front(app, self.tally)
+        self._scope: Scope = {
+            "type": "http",
+            "method": "GET",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": [(b"host", b"x")],
+        }
+
+    async def run(self) -> None:
+        """Serve the request."""
+        with trio.fail_after(5):
+            await self._front(self._scope, self._receive, self._send)
+
+    @property
+    def status(self) -> int:
+        """Status of the response."""
+        status: int = self.sent[0]["status"]
+        return status
+
+    @property
+    def body(self) -> bytes:
+        """Body of the response."""
+        return b"".join(message.get("body", b"") for message in self.sent)
+
+    async def _receive(self) -> Message:
+        await trio.lowlevel.checkpoint()
+        self.received += 1
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def _send(self, message: Message) -> None:
+        await trio.lowlevel.checkpoint()
+        self.sent.append(message)
+
+
+async def ok(_scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with what was received."""
+    body = (await receive())["body"]
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body + b"ok"})
+
+
+async def broken(_scope: Scope, _receive: Receive, _send: Send) -> None:
+    """Fail before the response."""
+    raise RuntimeError("a bug")
+
+
+async def broken_halfway(_scope: Scope, _receive: Receive, send: Send) -> None:
+    """Fail within the response."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    raise RuntimeError("a bug")
+
+
+async def test_an_answer_gets_its_request_id_and_is_counted() -> None:
+    """The id goes into the response, the request into the metrics."""
+    exchange = Exchange(ok)
+    await exchange.run()
+
+    headers = dict(exchange.sent[0]["headers"])
+    assert len(headers[b"x-request-id"]) == 16
+    assert exchange.tally.http["/healthz", "200"] == 1
+
+
+async def test_bodies_are_read_and_thrown_away() -> None:
+    """The application sees no body, and the client's is taken all the same."""
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        for _ in range(50):
+            await trio.lowlevel.checkpoint()
+        await ok(scope, receive, send)
+
+    exchange = Exchange(slow)
+    await exchange.run()
+
+    assert exchange.body == b"ok"
+    assert exchange.received > 10
+
+
+async def test_a_bug_in_a_route_is_a_500() -> None:
+    """An exception ends that request with a problem; it goes no further."""
+    exchange = Exchange(broken, "/elsewhere")
+    await exchange.run()
+
+    assert exchange.status == 500
+    assert json.loads(exchange.body)["title"] == "Internal Server Error"
+    assert exchange.tally.http["other", "500"] == 1
+
+
+async def test_a_bug_after_the_response_began_adds_nothing_to_it() -> None:
+    """What was sent cannot be taken back: nothing follows, and nothing is raised."""
+    exchange = Exchange(broken_halfway)
+    await exchange.run()
+
+    assert [message["type"] for message in exchange.sent] == ["http.response.start"]
+
+
+async def test_what_is_no_request_is_passed_on() -> None:
+    """Lifespan and WebSocket scopes reach the application untouched."""
+    seen: list[Scope] = []
+
+    async def app(scope: Scope, _receive: Receive, _send: Send) -> None:
+        seen.append(scope)
+
+    async def nothing() -> Message:
+        raise AssertionError
+
+    async def nowhere(_message: Message) -> None:
+        raise AssertionError
+
+    await Front(app, Tally())({"type": "lifespan"}, nothing, nowhere)
+
+    assert seen == [{"type": "lifespan"}]
+
+
+async def test_a_head_beyond_the_limit_never_reaches_the_application() -> None:
+    """It is refused with 431, in the same form as everything else."""
+    exchange = Exchange(broken, "/" + "a" * 9000)
+    await exchange.run()
+
+    assert exchange.status == 431
+    assert exchange.tally.http["other", "431"] == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "too_large"),
+    [
+        ([(b"host", b"x")], False),
+        ([(b"a", b"1")] * 100, False),
+        ([(b"a", b"1")] * 101, True),
+        ([(b"a", b"1" * (8192 - 5))], False),
+        ([(b"a", b"1" * (8192 - 4))], True),
+        ([(b"a", b"1" * 5000)] * 3, False),
+        ([(b"a", b"1" * 5000)] * 4, True),
+    ],
+)
+def test_limits_of_a_head(lines: list[tuple[bytes, bytes]], *, too_large: bool) -> None:
+    """8 KiB in a line, 100 lines, 16 KiB together; the request line is one of them."""
+    scope: Scope = {"raw_path": b"/", "query_string": b"", "headers": lines}
+
+    assert too_large == head_is_too_large(scope)
+    assert head_is_too_large({**scope, "query_string": b"q" * 8192})
+
+
+@pytest.mark.parametrize("given", [b"a", b"!~", b"x" * 128, b"0af7651916cd43dd-8448eb211c80319c"])
+def test_a_decent_request_id_is_kept(given: bytes) -> None:
+    """Visible ASCII up to 128 characters goes through as it is."""
+    assert given.decode() == request_id([(b"host", b"x"), (b"x-request-id", given)])
+
+
+@pytest.mark.parametrize("given", [b"", b"a b", b"x" * 129, b"\xe9", b"a\x7f", b"a\tb"])
+def test_any_other_request_id_is_replaced(given: bytes) -> None:
+    """What could not stand in a header and a log line as it is, does not get there."""
+    assert given.decode("latin-1") != request_id([(b"x-request-id", given)])
+
+
+def test_two_request_ids_are_none() -> None:
+    """Which of two would be right cannot be known."""
+    twice = [(b"x-request-id", b"a"), (b"x-request-id", b"b")]
+
+    assert request_id(twice) not in {"a", "b"}
+    assert request_id([]) != request_id([])

@@ -1,0 +1,121 @@
+"""``trioserver listen``: a client for the terminal; shows what a user would get.
+
+It comes back by itself: at once after a first loss, then with full jitter up to `PAUSE_CAP`
+seconds, or when the server's goodbye asks for. A close code that says "do not come back
+unchanged" (a refused token, say) ends it.
+
+The WebSocket is trio-websocket's: an independent implementation on the other end.
+"""
+
+import random
+import ssl
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+import trio
+import trio_websocket
+
+from trioserver.errors import CloseReason, CommandError
+
+PAUSE_FIRST: Final = 0.5
+PAUSE_CAP: Final = 20.0
+CONNECT_SECONDS: Final = 10.0
+STABLE_SECONDS: Final = 5.0
+"""A connection that lasted so long was a success: the next loss starts from `PAUSE_FIRST`."""
+
+_FINAL: Final = {
+    reason.code: reason
+    for reason in CloseReason
+    if not reason.reconnect and reason is not CloseReason.PEER_CLOSED
+}
+"""Close codes after which coming back unchanged would change nothing."""
+
+_FINAL_STATUSES: Final = frozenset({400, 401, 403, 404, 405, 426, 431})
+
+
+class _Goodbye(msgspec.Struct, tag="goodbye"):
+    reconnect_in_ms: int = 0
+
+
+async def listen(
+    url: str,
+    token: str,
+    show: Callable[[str], None],
+    note: Callable[[str], None],
+    tls: ssl.SSLContext | None = None,
+) -> None:
+    """Show every message until cancelled.
+
+    Args:
+        url: Of the server, such as ``ws://127.0.0.1:8081/ws``.
+        token: Sent as a header, so that it is in no log of addresses.
+        show: Called with each message as it came.
+        note: Called with what a person should know: connected, lost, coming back.
+        tls: For ``wss``; the default trusts the system's authorities.
+
+    Raises:
+        CommandError: The server has refused for good; coming back would change nothing.
+    """
+    attempts = 0
+    while True:
+        began = trio.current_time()
+        pause = await _once(url, token, show, note, tls)
+        if trio.current_time() - began > STABLE_SECONDS:
+            attempts = 0
+        if pause is None:
+            pause = random.uniform(0, min(PAUSE_CAP, PAUSE_FIRST * 2.0**attempts))  # noqa: S311
+        attempts = min(attempts + 1, 16)
+        note(f"coming back in {pause:.1f} s")
+        await trio.sleep(pause)
+
+
+async def _once(
+    url: str,
+    token: str,
+    show: Callable[[str], None],
+    note: Callable[[str], None],
+    tls: ssl.SSLContext | None,
+) -> float | None:
+    """Live through one connection; return the pause the server asked for, if it did."""
+    asked: float | None = None
+    try:
+        async with trio_websocket.open_websocket_url(
+            url,
+            tls,
+            extra_headers=[(b"Authorization", b"Bearer " + token.encode())],
+            connect_timeout=CONNECT_SECONDS,
+            disconnect_timeout=1,
+            message_queue_size=256,
+        ) as connection:
+            note(f"connected to {url}")
+            while True:
+                text = await connection.get_message()
+                show(text if isinstance(text, str) else repr(text))
+                asked = _asked_pause(text)
+    except trio_websocket.ConnectionClosed as closed:
+        code = closed.reason.code if closed.reason else CloseReason.PEER_LOST.code
+        if code in _FINAL:
+            raise CommandError(f"the server closed with {code}: {_FINAL[code].text}") from None
+        note(f"connection lost ({code})")
+        return asked
+    except trio_websocket.ConnectionRejected as rejected:
+        if rejected.status_code in _FINAL_STATUSES:
+            raise CommandError(
+                f"{url} refused with HTTP {rejected.status_code}: check the token"
+            ) from None
+        note(f"{url} refused with HTTP {rejected.status_code}")
+    except (OSError, trio_websocket.HandshakeError) as error:
+        cause = error if error.__cause__ is None else error.__cause__
+        note(f"cannot connect to {url}: {str(cause) or type(cause).__name__}")
+    return None
+
+
+def _asked_pause(text: str | bytes) -> float | None:
+    """Return the seconds that a goodbye asks for; None for every other message."""
+    if '"goodbye"' not in str(text):
+        return None
+    try:
+        return msgspec.json.decode(text, type=_Goodbye).reconnect_in_ms / 1000
+    except msgspec.MsgspecError:
+        return None

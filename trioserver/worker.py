@@ -1,0 +1,409 @@
+"""A worker process: its parts put together, its start, its drain. ``python -m trioserver.worker``.
+
+Nesting spells the order of the end, from the inside out:
+
+    services       pump, timers, Redis, subscription, canary, signs of life, metrics
+      connections  one task and nursery each
+        the door   accepts, until the drain closes it
+
+A worker is *started* as soon as a client could connect, with Redis or without: connections are
+taken and told ``unavailable``. It is *ready* while its canary is fresh (a message it published
+came back on the ordinary path), it has room, and it is not draining.
+"""
+
+import argparse
+import contextlib
+import gc
+import math
+import os
+import resource
+import secrets
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+import attrs
+import trio
+
+from trioserver import health, logs
+from trioserver.auth import Verifier
+from trioserver.canary import Canary
+from trioserver.connection import CLOSE_SECONDS, Connection, Pace, Shared
+from trioserver.delivery import Delivery
+from trioserver.endpoint import endpoint
+from trioserver.errors import CloseReason, TrioserverError
+from trioserver.hub import Hub
+from trioserver.lifeline import Lifeline, tie_to_parent
+from trioserver.listener import Listener
+from trioserver.metrics import Exporter, Tally
+from trioserver.outbox import OutboxLimits
+from trioserver.pump import LINGER_SECONDS, Door, Pump
+from trioserver.redis_link import open_link
+from trioserver.settings import Settings
+from trioserver.statedir import StateDir
+from trioserver.status import CONTROL_FD, LISTEN_FD, SETTINGS_FD, Beat, Drain
+from trioserver.subscription import Subscription
+
+FLUSH_SECONDS: Final = 1.0
+"""How often counts go to the metric files and readiness is looked at afresh."""
+
+FULL_SHARE: Final = 0.95
+"""Of the descriptors, how many may be connections; the rest is for Redis, logs and luck."""
+
+UNEVEN: Final = 1.2
+"""SO_REUSEPORT spreads by hash: the fullest worker has about this many times its share."""
+
+PACE_PER_SECOND: Final = 500
+"""Goodbyes per second in a drain: as many handshakes as come back elsewhere."""
+
+LAST_WORDS_SECONDS: Final = 1.0
+"""In a quick stop: time for goodbyes to leave."""
+
+
+@attrs.frozen(kw_only=True)
+class Identity:
+    """Which worker this is."""
+
+    slot: int
+    generation: int
+    nonce: str = attrs.field(factory=lambda: secrets.token_hex(4))
+
+    @property
+    def name(self) -> str:
+        """Names the process among its siblings, and its metric files."""
+        return f"w{self.slot}.{self.generation}"
+
+    @property
+    def unique(self) -> str:
+        """Names it in the whole fleet, now and later."""
+        return f"{self.name}-{self.nonce}"
+
+
+def room(settings: Settings, descriptors: int) -> int:
+    """Return how many connections this worker may have; 0 means no limit.
+
+    Args:
+        settings: ``WS_MAX_CONNECTIONS`` is for all workers together.
+        descriptors: How many files the process may have open.
+    """
+    share = math.ceil(settings.ws_max_connections / settings.workers * UNEVEN)
+    if settings.workers == 1:
+        share = settings.ws_max_connections
+    clamp = int(descriptors * FULL_SHARE)
+    return min(share, clamp) if share else clamp
+
+
+class Worker:
+    """One worker's parts. Built inside `trio.run`."""
+
+    def __init__(self, settings: Settings, identity: Identity, sock: socket.socket) -> None:
+        self._settings = settings
+        self._log = logs.get_logger()
+        self._quiet = logs.RateLimited(interval_seconds=10.0)
+        self._started_at = time.monotonic()
+        self._draining = False
+        self._beaten = (False, "")
+        self.tally = Tally()
+        self.pump = Pump(lambda bug: self._log_bug("pump", bug))
+        hub = Hub()
+        prefix = settings.channel_prefix
+        user_channel = prefix + settings.user_channel
+        broadcast = (prefix + settings.broadcast_channel).encode()
+        self._delivery = Delivery(
+            hub=hub,
+            tally=self.tally,
+            broadcast_topic=broadcast,
+            max_payload=settings.notification_max_size,
+            log_malformed=self._log_malformed,
+        )
+        target = endpoint(settings, StateDir(settings.data_dir).redis_socket)
+        self._target = target
+        self._client_name = f"trioserver-{identity.unique}"
+        self._subscription = Subscription(
+            target, self._receive, self._changed, client_name=self._client_name
+        )
+        self._subscription.follow(broadcast)
+        before, after = user_channel.split("{user}")
+        shared = Shared(
+            pump=self.pump,
+            hub=hub,
+            follower=self._subscription,
+            verifier=Verifier(settings),
+            tally=self.tally,
+            pace=Pace(
+                ping_interval=settings.ws_ping_interval,
+                pong_wait=settings.ws_pong_wait,
+                heartbeat_interval=settings.heartbeat_interval,
+                idle_timeout=settings.connection_timeout,
+                write_wait=settings.ws_write_wait,
+                auth_timeout=settings.auth_timeout,
+            ),
+            outbox_limits=OutboxLimits(
+                max_bytes=settings.outbox_max_bytes, max_frames=settings.outbox_max_frames
+            ),
+            max_message=settings.ws_max_message_size,
+            user_topic=lambda user: f"{before}{user}{after}".encode(),
+            broadcast_topic=broadcast,
+            wall=time.time,
+            log_bug=self._log_bug,
+            log_end=self._log_end,
+        )
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._listener = Listener(
+            shared=shared,
+            worker_id=identity.unique,
+            max_connections=room(settings, descriptors),
+            handshake_timeout=settings.handshake_timeout,
+            query_token=settings.jwt_query_token,
+            pages={
+                "/healthz": lambda: (200, health.JSON, health.liveness_body()),
+                "/readyz": self._readyz,
+                "/health": self._health,
+            },
+        )
+        self._door = Door(self.pump, sock, self._listener.admit, self._log_pause)
+        self._identity = identity
+        self._canary: Canary | None = None
+        self.lifeline = Lifeline(
+            CONTROL_FD,
+            self._report,
+            drain_seconds=settings.drain_seconds,
+            drain_propagation=settings.drain_propagation,
+        )
+        directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        self._exporter = Exporter(self.tally, Path(directory), identity.name) if directory else None
+
+    async def run(self) -> None:
+        """Serve until told to drain, then drain; returns when the last connection is gone."""
+        async with trio.open_nursery() as services:
+            await services.start(self.lifeline.run)
+            services.start_soon(self.pump.run)
+            services.start_soon(self.pump.run_timers)
+            services.start_soon(self._flush)
+            services.start_soon(self._talk_to_redis)
+            async with trio.open_nursery() as connections:
+                self._listener.open(connections)
+                self._door.unlock()
+                self.lifeline.started()
+                self._log.info("worker started", pid=os.getpid())
+                _settle_garbage_collector()
+                order = await self.lifeline.wait_drain()
+                await self._drain(order, connections)
+            # Goodbyes may still be on their way through sockets that linger.
+            with trio.move_on_after(LAST_WORDS_SECONDS if order.quick else LINGER_SECONDS):
+                await self.pump.wait_empty()
+            services.cancel_scope.cancel()
+        if self._exporter is not None:
+            self._exporter.close()
+        self._log.info("worker ended")
+
+    async def _talk_to_redis(self) -> None:
+        async with (
+            open_link(
+                self._target,
+                client_name=self._client_name,
+                lanes=self._settings.redis_pool_size,
+            ) as link,
+            trio.open_nursery() as nursery,
+        ):
+            self._canary = Canary(
+                link,
+                self._subscription,
+                self._identity.unique,
+                prefix=self._settings.channel_prefix,
+                on_change=self._changed,
+            )
+            nursery.start_soon(self._subscription.run)
+            nursery.start_soon(self._canary.run)
+
+    def _receive(self, channel: bytes, payload: bytes) -> object:
+        self.tally.redis_messages += 1
+        canary = self._canary
+        if canary is not None and channel == canary.channel:
+            canary.returned(payload, trio.current_time())
+            return None
+        return self._delivery.receive(channel, payload)
+
+    # Health.
+
+    def _why_not_ready(self) -> str:
+        """Return why a message sent now might not arrive; empty if it would."""
+        if self._draining:
+            return "draining"
+        if self._canary is None:
+            return "starting"
+        if not self._canary.fresh:
+            return self._canary.why
+        limit = self._listener.max_connections
+        if 0 < limit <= len(self._listener.connections):
+            return "full"
+        return ""
+
+    def _report(self) -> Beat:
+        why = self._why_not_ready()
+        self._beaten = (not why, why)
+        return Beat(connections=len(self._listener.connections), ready=not why, why=why)
+
+    def _changed(self) -> None:
+        """Tell the supervisor at once when readiness has changed."""
+        why = self._why_not_ready()
+        if (not why, why) != self._beaten:
+            self.lifeline.changed()
+
+    def _readyz(self) -> tuple[int, str, bytes]:
+        why = self._why_not_ready()
+        return 503 if why else 200, health.JSON, health.readiness_body(ready=not why, why=why)
+
+    def _health(self) -> tuple[int, str, bytes]:
+        canary = self._canary
+        trip = canary.round_trip if canary is not None and canary.fresh else None
+        why = self._why_not_ready()
+        state = health.Health(
+            ready=not why,
+            redis_ping_seconds=trip,
+            redis_error="" if trip is not None else why,
+            connections=len(self._listener.connections),
+            users=self.tally.users,
+            uptime_seconds=time.monotonic() - self._started_at,
+        )
+        return state.status, health.JSON, state.body(time.time())
+
+    async def _flush(self) -> None:
+        """Once a second: metrics, and readiness that depends on nothing but time."""
+        expected = trio.current_time() + FLUSH_SECONDS
+        while True:
+            await trio.sleep_until(expected)
+            now = trio.current_time()
+            tally = self.tally
+            tally.loop_lag = now - expected
+            statistics = self._subscription.statistics()
+            tally.redis_reconnects = max(0, statistics.links - 1)
+            if self._canary is not None:
+                tally.canary_age = self._canary.age(now)
+                tally.redis_ping_seconds = self._canary.round_trip or 0.0
+            tally.log_lines_dropped = logs.dropped()
+            if self._exporter is not None:
+                self._exporter.flush()
+            self._changed()
+            expected = max(expected + FLUSH_SECONDS, now)
+
+    # The end.
+
+    async def _drain(self, order: Drain, connections: trio.Nursery) -> None:
+        """Close the door and end every connection, within ``order.seconds``."""
+        deadline = trio.current_time() + order.seconds
+        self._draining = True
+        self.lifeline.changed()
+        self._log.info("draining", connections=len(self._listener.connections), quick=order.quick)
+        if not order.quick:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._drain_orderly, order, nursery.cancel_scope)
+                order = await self.lifeline.wait_hurry()
+                deadline = trio.current_time() + order.seconds
+                nursery.cancel_scope.cancel()
+        self._close_door()
+        for connection in tuple(self._listener.connections):
+            connection.end(CloseReason.GOING_AWAY)
+        last_words = trio.current_time() + LAST_WORDS_SECONDS
+        connections.cancel_scope.deadline = min(deadline, last_words) if order.quick else deadline
+
+    async def _drain_orderly(self, order: Drain, done: trio.CancelScope) -> None:
+        """Wait until load balancers know, then spread the goodbyes; ends before the deadline."""
+        began = trio.current_time()
+        await trio.sleep(order.propagation)
+        self._close_door()
+        leaving: list[Connection] = list(self._listener.connections)
+        window = max(0.0, began + order.seconds - trio.current_time() - CLOSE_SECONDS - 1)
+        window = min(window, len(leaving) / PACE_PER_SECOND)
+        start = trio.current_time()
+        for number, connection in enumerate(leaving):
+            await trio.sleep_until(start + window * number / len(leaving))
+            connection.end(CloseReason.GOING_AWAY)
+        done.cancel()
+
+    def _close_door(self) -> None:
+        """Answer who waits in the accept queue with 503, then accept no more; idempotent."""
+        self._listener.draining = True
+        if self._door.open:
+            self._door.empty()
+            self._door.lock()
+
+    # Logs.
+
+    def _log_bug(self, doing: str, bug: BaseException) -> None:
+        self._log.error("bug", doing=doing, exc_info=bug)
+
+    def _log_malformed(self, topic: bytes, problem: str) -> None:
+        held_back = self._quiet.due("malformed", trio.current_time())
+        if held_back is not None:
+            self._log.warning(
+                "malformed publication",
+                channel=topic.decode("utf-8", "replace"),
+                problem=problem,
+                held_back=held_back,
+            )
+
+    def _log_pause(self, error: OSError) -> None:
+        held_back = self._quiet.due("accept", trio.current_time())
+        if held_back is not None:
+            self._log.error("cannot accept", problem=str(error), held_back=held_back)
+
+    def _log_end(self, connection: Connection, reason: CloseReason) -> None:
+        self._log.debug(
+            "connection ended",
+            connection_id=connection.connection_id,
+            user=connection.user,
+            reason=reason.label,
+        )
+
+
+def _settle_garbage_collector() -> None:
+    """Keep the collector away from what lives as long as the process.
+
+    Connections free themselves by reference counts; a full collection of ten thousand of them
+    takes tens of milliseconds in which nobody is served.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
+
+
+def _read_settings(fd: int) -> Settings:
+    size = os.fstat(fd).st_size
+    return Settings.restore(os.pread(fd, size, 0))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one worker on the descriptors the supervisor has placed; return the exit code."""
+    parser = argparse.ArgumentParser(prog="trioserver.worker", description=__doc__)
+    parser.add_argument("--slot", type=int, required=True)
+    parser.add_argument("--generation", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    tie_to_parent()
+    settings = _read_settings(SETTINGS_FD)
+    identity = Identity(slot=arguments.slot, generation=arguments.generation)
+    logs.configure(
+        settings,
+        process=f"worker-{identity.slot}",
+        slot=identity.slot,
+        generation=identity.generation,
+    )
+    sock = socket.socket(fileno=LISTEN_FD)
+    sock.setblocking(False)
+
+    async def work() -> None:
+        await Worker(settings, identity, sock).run()
+
+    try:
+        trio.run(work)
+    except TrioserverError as error:
+        logs.get_logger().error("cannot start", problem=str(error))
+        return 4
+    return 0
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
