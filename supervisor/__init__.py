@@ -1,1 +1,1 @@
-"""What runs in the parent process: it forks, watches, restarts and drains, and does nothing else."""
+"""What runs in the parent: it forks, watches, restarts and drains, and does nothing else."""

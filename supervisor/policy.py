@@ -346,7 +346,7 @@ class Policy:
         return ""
 
     def _snapshot(self, event: SnapshotReady | SnapshotFailed, now: float) -> list[Action]:
-        if self._reload is None or event.generation != self._reload.generation:
+        if self._reload is None or not self._reload.reading(event.generation):
             return []
         if isinstance(event, SnapshotFailed):
             return self._fail_reload(event.reason, now)

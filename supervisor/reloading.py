@@ -57,6 +57,10 @@ class Reload:
         said = Say(level="info", event="reload_begins", fields={"generation": generation})
         return reload, [said, TakeSnapshot(generation=generation)]
 
+    def reading(self, generation: int) -> bool:
+        """Say whether the settings of that generation are being waited for."""
+        return self.drain is None and generation == self.generation
+
     def raise_generation(self, drain: DrainTimes, now: float) -> list[Action]:
         """Spawn everything that the generation consists of. Redis belongs to none."""
         self.drain = drain

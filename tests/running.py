@@ -15,6 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from trioserver.control_client import ask
+from trioserver.errors import CommandError
+from trioserver.status import encode
+
 T = TypeVar("T")
 
 READY_SECONDS: Final = 20.0
@@ -92,10 +96,6 @@ class Running:
 
     def status(self) -> dict[str, Any] | None:
         """Return what ``status --json`` would print; None while nobody answers."""
-        from trioserver.control_client import ask
-        from trioserver.errors import CommandError
-        from trioserver.status import encode
-
         try:
             reply = ask(self.data_dir / "control.sock", "status", 2.0)
         except CommandError:

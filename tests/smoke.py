@@ -24,13 +24,14 @@ def main(command: str) -> None:
             "ADMIN_PORT": "19081",
             "DRAIN_PROPAGATION": "0s",
         }
-        server = subprocess.Popen(
-            [command, "supervise", "--workers", "2"],
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=Path(directory, "log").open("wb"),
-            text=True,
-        )
+        with Path(directory, "log").open("wb") as log:
+            server = subprocess.Popen(
+                [command, "supervise", "--workers", "2"],
+                env=environ,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
         try:
             assert server.stdout is not None
             line = server.stdout.readline()

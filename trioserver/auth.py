@@ -96,9 +96,9 @@ class Verifier:
 
 
 def _key(settings: Settings) -> str | bytes:
-    if settings.jwt_public_key_file is not None:
+    if not settings.jwt_algorithms[0].startswith("HS"):
         try:
-            pem = Path(settings.jwt_public_key_file).read_bytes()
+            pem = Path(settings.jwt_public_key_file or "").read_bytes()
             load_pem_public_key(pem)
         except (OSError, ValueError) as error:
             raise SettingsError(
@@ -132,7 +132,7 @@ def sign(settings: Settings, user: str, expires_at: float) -> str:
     Raises:
         SettingsError: Tokens are verified with a public key, so none can be made here.
     """
-    if settings.jwt_secret_key is None or settings.jwt_public_key_file is not None:
+    if settings.jwt_secret_key is None or not settings.jwt_algorithms[0].startswith("HS"):
         raise SettingsError(
             "JWT_SECRET_KEY", "tokens can be made only where the secret is known", "gentoken"
         )

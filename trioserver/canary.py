@@ -1,44 +1,171 @@
-"""TEMPORARY by the lead so that the whole can be tried; helper RED replaces this file."""
-import secrets
+"""The canary: proof that what is published now arrives here, by publishing.
+
+Theory
+    "Connected" and "subscribed" are what two ends believe; connections have been seen that kept
+    both beliefs and delivered nothing for hours. So every worker sends itself a message on the
+    ordinary way: through the `RedisLink`, through Redis, through the `Subscription`, through the
+    same ``deliver`` as everybody's. The worker is *fresh*, fit to be called ready, while the
+    latest canary has come back.
+
+        link down              unready at once, nobody needs to wait for a canary
+        link up again          a canary at once; fresh when it is back
+        Redis does not take it unready; tried again soon. The subscription is not to blame
+        it does not come back  within `PATIENCE_SECONDS`: unready, and the subscription gets a new
+                               link. So a deaf one is noticed within interval + patience.
+
+A canary is a nonce. What comes back and is not the one that is out, an older one or somebody
+else's with the same worker id, is ignored.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Final, NoReturn
+
 import trio
+
 from trioserver.errors import RedisError
+from trioserver.redis_link import RedisLink
+from trioserver.subscription import Subscription
+
+INTERVAL_SECONDS: Final = 5.0
+PATIENCE_SECONDS: Final = 2.0
+
+RETRY_SECONDS: Final = 1.0
+"""After Redis did not take a canary."""
+
+LINK_DOWN: Final = "redis link is down"
+NOT_YET: Final = "no canary has come back yet"
+OVERDUE: Final = "canary is overdue"
 
 
 class Canary:
-    def __init__(self, link, subscription, worker_id, *, prefix="", on_change=None, interval=5.0, patience=2.0):
+    """One worker's canary.
+
+    Wire it up: give `channel`'s messages to `returned`, and call `link_changed` whenever the
+    subscription says that it went up or down.
+
+    Args:
+        link: The way out.
+        subscription: The way back.
+        worker_id: Unique among the workers on this Redis; part of the channel's name.
+        prefix: Put before the channel's name, as before every other.
+        interval: Seconds between two canaries.
+        patience: Seconds within which one must be back.
+        on_change: Called whenever `fresh` has flipped.
+
+    Attributes:
+        channel: Where its messages arrive.
+        fresh: Whether the latest one came back in time.
+        why: Why not, in a few words; empty if fresh.
+        round_trip: Seconds that the latest one took; None before the first.
+    """
+
+    def __init__(
+        self,
+        link: RedisLink,
+        subscription: Subscription,
+        worker_id: str,
+        *,
+        prefix: str = "",
+        interval: float = INTERVAL_SECONDS,
+        patience: float = PATIENCE_SECONDS,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
         self.channel = f"{prefix}canary:{worker_id}".encode()
-        self.link, self.sub, self.on_change = link, subscription, on_change
-        self.interval, self.patience = interval, patience
-        self.back = None; self.round_trip = None; self._fresh = False; self.why = "starting"
-        self.nonce = b""; self.at = 0.0; self.last = trio.current_time()
+        self.fresh = False
+        self.why = LINK_DOWN
+        self.round_trip: float | None = None
+        self._link = link
+        self._subscription = subscription
+        self._interval = interval
+        self._patience = patience
+        self._on_change = on_change
+        self._nonce = b""
+        """The one that is out; empty if none is."""
+        self._sent = 0.0
+        self._seen: float | None = None
+        """When the latest one came back."""
+        self._changed = trio.Event()
+        """Set when the subscription went up or down."""
+        self._news = trio.Event()
+        """Set when that happened, or the one that is out came back."""
 
-    @property
-    def fresh(self):
-        return self._fresh and self.sub.up
+    async def run(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> NoReturn:
+        """Send canaries until cancelled. Started at once, fresh or not.
 
-    def age(self, now):
-        return now - self.last
+        Cancellation:
+            The channel is released.
+        """
+        task_status.started()
+        try:
+            while True:
+                self._changed = trio.Event()
+                batch = self._subscription.follow(self.channel)
+                if batch is not None:
+                    await batch.wait()
+                elif not self._subscription.up:
+                    await self._changed.wait()
+                else:
+                    pause = await self._send_one()
+                    # Cut short by a change: then the next one is due now.
+                    with trio.move_on_after(pause):
+                        await self._changed.wait()
+        finally:
+            self._nonce = b""
+            self._subscription.release(self.channel)
 
-    def returned(self, payload, now):
-        if payload == self.nonce:
-            self.round_trip = now - self.at; self.last = now; self.back.set()
+    def returned(self, payload: bytes, now: float) -> None:
+        """Take a message from `channel`; ``now`` is Trio's clock."""
+        if payload != self._nonce or not payload:
+            return
+        self._nonce = b""
+        self.round_trip = now - self._sent
+        self._seen = now
+        self._news.set()
+        if self._subscription.up:
+            self._set("")
 
-    def _set(self, fresh, why):
-        self._fresh, self.why = fresh, why
-        self.on_change()
+    def link_changed(self) -> None:
+        """Notice that the subscription went up or down."""
+        if not self._subscription.up:
+            self._set(LINK_DOWN)
+        elif not self.fresh:
+            self._set(NOT_YET)
+        self._news.set()
+        self._changed.set()
 
-    async def run(self):
-        self.sub.follow(self.channel)
-        while True:
-            if not self.sub.up:
-                self._set(False, "redis link is down"); await trio.sleep(0.05); continue
-            self.back = trio.Event(); self.nonce = secrets.token_hex(8).encode(); self.at = trio.current_time()
-            try:
-                with trio.fail_after(self.patience):
-                    await self.link.execute("PUBLISH", self.channel, self.nonce)
-                    await self.back.wait()
-                self._set(True, "")
-            except (RedisError, trio.TooSlowError):
-                self._set(False, "canary is overdue"); self.sub.reconnect("canary lost"); await trio.sleep(0.05); continue
-            with trio.move_on_after(self.interval):
-                while self.sub.up: await trio.sleep(0.1)
+    def age(self, now: float) -> float | None:
+        """Return the seconds since one came back; None if none ever did."""
+        return None if self._seen is None else now - self._seen
+
+    async def _send_one(self) -> float:
+        """Send a canary and see; return how long to wait before the next."""
+        self._news = trio.Event()
+        self._nonce = os.urandom(16).hex().encode()
+        self._sent = trio.current_time()
+        deadline = self._sent + self._patience
+        try:
+            await self._link.execute(b"PUBLISH", self.channel, self._nonce, timeout=self._patience)
+        except RedisError as error:
+            self._nonce = b""
+            self._set(f"redis does not take the canary: {error}")
+            return min(RETRY_SECONDS, self._interval)
+        with trio.move_on_at(deadline):
+            await self._news.wait()
+        if not self._nonce:
+            return max(0.0, self._sent + self._interval - trio.current_time())
+        self._nonce = b""
+        # Lost together with a link that ended meanwhile, it says nothing about the new one.
+        if not self._news.is_set():
+            self._set(OVERDUE)
+            self._subscription.reconnect("canary lost")
+        return 0.0
+
+    def _set(self, why: str) -> None:
+        self.why = why
+        fresh = not why
+        if fresh != self.fresh:
+            self.fresh = fresh
+            self._on_change()

@@ -95,7 +95,7 @@ def _note(text: str) -> None:
 
 def _with_secret(settings: Settings, *, create: bool) -> Settings:
     """Return the settings with the generated JWT secret, if none was configured."""
-    if settings.jwt_secret_key is not None or settings.jwt_public_key_file is not None:
+    if settings.jwt_secret_key is not None or not settings.jwt_algorithms[0].startswith("HS"):
         return settings
     state = StateDir(settings.data_dir)
     known = state.read_secret(JWT_SECRET)
@@ -281,8 +281,8 @@ def publish(
 
     PAYLOAD_JSON is any JSON value; - reads it from standard input.
     """
-    from trioserver.messages import BadPublish, notification_from_raw, raw_publish  # noqa: PLC0415
     from trioserver.endpoint import endpoint  # noqa: PLC0415
+    from trioserver.messages import BadPublish, notification_from_raw, raw_publish  # noqa: PLC0415
     from trioserver.redis_link import publish_once  # noqa: PLC0415
 
     if (user is None) == (not everyone):

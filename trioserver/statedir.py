@@ -27,6 +27,9 @@ from trioserver.errors import CommandError, SettingsError
 _SOCKET_PATH_BYTES: Final = 107
 """The kernel's ``sun_path`` is 108 bytes with the final NUL."""
 
+_SECRET_BYTES: Final = 64
+"""As many as the longest key that is asked for: HS512 (RFC 7518 3.2)."""
+
 _SECRET_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
@@ -113,7 +116,7 @@ class StateDir:
                 path.unlink(missing_ok=True)
 
     def secret(self, name: str) -> str:
-        """Return the secret of that name, made at the first call: 43 characters, URL-safe.
+        """Return the secret of that name, made at the first call: 86 characters, URL-safe.
 
         Safe against a concurrent first call: both get the same secret.
 
@@ -126,7 +129,7 @@ class StateDir:
         path = self._secret_path(name)
         draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
         try:
-            _write_durably(draft, f"{secrets.token_urlsafe(32)}\n")
+            _write_durably(draft, f"{secrets.token_urlsafe(_SECRET_BYTES)}\n")
             try:
                 # link(2) refuses to replace, rename(2) would: the first of two wins.
                 os.link(draft, path)

@@ -45,7 +45,9 @@ CONNECT_SECONDS: Final = 1.0
 
 RETRY_FIRST: Final = 0.1
 RETRY_CAP: Final = 5.0
-"""Seconds: the pause before attempt n is random between 0 and min(cap, first * 2**n)."""
+RETRY_CAP_LOCAL: Final = 0.5
+"""Seconds: the pause before attempt n is random between 0 and min(cap, first * 2**n). On a Unix
+socket no crowd of strangers comes back with us, so there is no reason to be late."""
 
 LINGER_SECONDS: Final = 1.0
 """How long a released channel stays subscribed: most clients that leave come right back."""
@@ -182,6 +184,7 @@ class Subscription:
         self._on_change = on_change
         self._client_name = client_name
         self._silence = silence
+        self._retry_cap = RETRY_CAP if endpoint.path is None else RETRY_CAP_LOCAL
         self._jitter = jitter or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._tls = None if endpoint.tls is None else _tls_context(endpoint.tls)
 
@@ -213,7 +216,7 @@ class Subscription:
                 fault = await self._one_link()
             finally:
                 self._lost(fault)  # empty: not a fault, we are being stopped
-            pause = min(RETRY_CAP, RETRY_FIRST * 2.0 ** min(self._attempts, 10))
+            pause = min(self._retry_cap, RETRY_FIRST * 2.0 ** min(self._attempts, 10))
             self._attempts += 1
             await trio.sleep(self._jitter.uniform(0, pause))
 

@@ -21,6 +21,7 @@ import secrets
 import socket
 import sys
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Final
 
@@ -122,7 +123,7 @@ class Worker:
         self._target = target
         self._client_name = f"trioserver-{identity.unique}"
         self._subscription = Subscription(
-            target, self._receive, self._changed, client_name=self._client_name
+            target, self._receive, self._link_changed, client_name=self._client_name
         )
         self._subscription.follow(broadcast)
         before, after = user_channel.split("{user}")
@@ -218,7 +219,12 @@ class Worker:
             nursery.start_soon(self._subscription.run)
             nursery.start_soon(self._canary.run)
 
-    def _receive(self, channel: bytes, payload: bytes) -> object:
+    def _link_changed(self) -> None:
+        if self._canary is not None:
+            self._canary.link_changed()
+        self._changed()
+
+    def _receive(self, channel: bytes, payload: bytes) -> Awaitable[None] | None:
         self.tally.redis_messages += 1
         canary = self._canary
         if canary is not None and channel == canary.channel:
@@ -281,7 +287,9 @@ class Worker:
             statistics = self._subscription.statistics()
             tally.redis_reconnects = max(0, statistics.links - 1)
             if self._canary is not None:
-                tally.canary_age = self._canary.age(now)
+                age = self._canary.age(now)
+                # Before the first has come back, its age is that of the worker.
+                tally.canary_age = time.monotonic() - self._started_at if age is None else age
                 tally.redis_ping_seconds = self._canary.round_trip or 0.0
             tally.log_lines_dropped = logs.dropped()
             if self._exporter is not None:

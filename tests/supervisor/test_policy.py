@@ -725,7 +725,7 @@ def test_it_is_announced_once_when_everything_is_ready() -> None:
     pool.advance(1.25)
     pool.tell(Started(pid=103))
 
-    assert [] == announcements(pool)
+    assert announcements(pool) == []
 
     pool.advance(1.5)
     ready(103)(pool)
@@ -734,7 +734,7 @@ def test_it_is_announced_once_when_everything_is_ready() -> None:
     pool.bring_up()
     pool.advance(60.0)
 
-    assert [1.5] == announcements(pool)
+    assert announcements(pool) == [1.5]
 
 
 def announcements(pool: Pool) -> list[float]:
@@ -797,12 +797,12 @@ def test_a_child_that_does_not_start_within_a_minute_fails_the_first_start() -> 
 
     end(W1, -6)(pool)
 
-    assert [{"reason": "worker 1 did not start within 60 s"}] == pool.said("first_start_failed")
+    assert pool.said("first_start_failed") == [{"reason": "worker 1 did not start within 60 s"}]
 
     end(W0)(pool)
     end(GATEWAY)(pool)
 
-    assert 3 == pool.exit_code
+    assert pool.exit_code == 3
 
 
 def test_beats_before_the_start_do_not_prolong_it() -> None:
@@ -822,13 +822,13 @@ def test_a_child_that_cannot_be_spawned_fails_the_first_start() -> None:
     pool.unspawnable.add((Kind.WORKER, 0))
     pool.tell(Begin())
 
-    assert [{"reason": "worker 0 could not be spawned: full"}] == pool.said("first_start_failed")
+    assert pool.said("first_start_failed") == [{"reason": "worker 0 could not be spawned: full"}]
     assert [kill(100), kill(101)] == [a for _, a in pool.did() if isinstance(a, Kill)]
 
     pool.end(100, -9)
     pool.end(101, -9)
 
-    assert 3 == pool.exit_code
+    assert pool.exit_code == 3
 
 
 def test_a_child_that_dies_after_it_started_does_not_fail_the_first_start() -> None:
@@ -852,7 +852,7 @@ def test_a_stop_during_the_first_start_exits_with_0() -> None:
     for pid in (W0, W1, GATEWAY):
         pool.end(pid, -15)
 
-    assert 0 == pool.exit_code
+    assert pool.exit_code == 0
 
 
 def test_a_reload_during_the_first_start_is_refused() -> None:
@@ -935,19 +935,19 @@ def test_status_of_a_healthy_pool() -> None:
         RedisStatus(embedded=True, pid=REDIS, age_seconds=9.75, restarts=0, ready=True)
         == status.redis
     )
-    assert (True, False, False, 1) == (
+    assert (
         status.ready,
         status.draining,
         status.reloading,
         status.generation,
-    )
+    ) == (True, False, False, 1)
     assert (IDENTITY.address, IDENTITY.admin_address, IDENTITY.pid, IDENTITY.version) == (
         status.address,
         status.admin_address,
         status.pid,
         status.version,
     )
-    assert 9.75 == status.uptime_seconds
+    assert status.uptime_seconds == 9.75
 
 
 def test_a_slot_without_an_owner_makes_the_pool_unready() -> None:
@@ -973,7 +973,7 @@ def test_a_slot_without_an_owner_makes_the_pool_unready() -> None:
     pool.advance(4.0)
     status = pool.status()
 
-    assert ("starting", 1) == (status.workers[1].why, status.workers[1].restarts)
+    assert (status.workers[1].why, status.workers[1].restarts) == ("starting", 1)
     assert not status.ready
 
     pool.bring_up()
@@ -988,11 +988,11 @@ def test_an_unready_worker_beside_a_ready_one_leaves_the_pool_ready() -> None:
     pool.tell(beat(W0, ready=False, why="canary is late", connections=7))
     status = pool.status()
 
-    assert (False, "canary is late", 7) == (
+    assert (
         status.workers[0].ready,
         status.workers[0].why,
         status.workers[0].connections,
-    )
+    ) == (False, "canary is late", 7)
     assert status.ready
 
     pool.tell(beat(W1, ready=False, why="canary is late"))
@@ -1013,14 +1013,14 @@ def test_a_silent_worker_makes_the_pool_unready_after_five_seconds() -> None:
     pool.advance(25.0)
     status = pool.status()
 
-    assert (False, "no sign of life for 5 s") == (status.workers[0].ready, status.workers[0].why)
+    assert (status.workers[0].ready, status.workers[0].why) == (False, "no sign of life for 5 s")
     assert not status.ready
 
     pool.tell(beat(W0))
 
     assert pool.status().ready
-    assert 1 == len(pool.said("child_silent"))
-    assert 1 == len(pool.said("child_beats_again"))
+    assert len(pool.said("child_silent")) == 1
+    assert len(pool.said("child_beats_again")) == 1
 
 
 def test_a_stop_makes_the_pool_unready_at_once() -> None:
@@ -1032,7 +1032,7 @@ def test_a_stop_makes_the_pool_unready_at_once() -> None:
     (status,) = pool.replies(1)
 
     assert isinstance(status, StatusReply)
-    assert (False, True) == (status.ready, status.draining)
+    assert (status.ready, status.draining) == (False, True)
 
 
 def test_status_during_and_after_a_reload() -> None:
@@ -1046,23 +1046,23 @@ def test_status_during_and_after_a_reload() -> None:
     pool.tell(snapshot())
     status = pool.status()
 
-    assert (True, True, 1, 103) == (
+    assert (
         status.ready,
         status.reloading,
         status.generation,
         status.workers[0].pid,
-    )
+    ) == (True, True, 1, 103)
 
     pool.bring_up()
     status = pool.status()
 
-    assert (True, False, 2, 104, 1) == (
+    assert (
         status.ready,
         status.reloading,
         status.generation,
         status.workers[0].pid,
         status.workers[0].restarts,
-    )
+    ) == (True, False, 2, 104, 1)
 
 
 def test_an_external_redis_is_as_ready_as_the_workers_say() -> None:
@@ -1070,11 +1070,11 @@ def test_an_external_redis_is_as_ready_as_the_workers_say() -> None:
     pool = Pool()
     pool.begin()
 
-    assert (False, None, True) == (
+    assert (
         pool.status().redis.embedded,
         pool.status().redis.pid,
         pool.status().redis.ready,
-    )
+    ) == (False, None, True)
 
     for pid in (W0, W1):
         pool.tell(beat(pid, ready=False, why="redis is away"))
@@ -1108,8 +1108,8 @@ def test_after_the_exit_nothing_is_done_any_more() -> None:
     for pid in (W0, W1, GATEWAY):
         pool.end(pid)
 
-    assert [] == pool.tell(HUP)
-    assert [] == pool.tell(Tick())
+    assert pool.tell(HUP) == []
+    assert pool.tell(Tick()) == []
     assert float("inf") == pool.policy.next_deadline()
 
 

@@ -31,6 +31,7 @@ from tests.trioserver.wire import (
 from trioserver import connection as connection_module
 from trioserver.errors import CloseReason
 from trioserver.outbox import OutboxLimits
+from trioserver.session import Action, Session
 
 HURRY = 20.0
 """How much faster than the wall Trio's clock runs where a test waits for the long deadlines."""
@@ -468,10 +469,11 @@ async def test_a_bug_in_a_callback_ends_its_connection_with_1011_and_no_other() 
         victim, sibling = await worker.join("ann"), await worker.join("bob")
         connection = next(c for c in worker.listener.connections if c.user == "ann")
 
-        def broken(*_: object) -> None:
-            raise LookupError("a bug")
+        class Broken(Session):
+            def receive(self, text: bytes, now: float, timestamp: str) -> Action | None:
+                raise LookupError("a bug")
 
-        connection._session.receive = broken  # type: ignore[method-assign]
+        connection._session = Broken("ann")
         await victim.send(text({"type": "ping"}))
         await victim.until("goodbye")
         await victim.send(close(1011))

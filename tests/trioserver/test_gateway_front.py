@@ -85,8 +85,8 @@ async def test_an_answer_gets_its_request_id_and_is_counted() -> None:
     await exchange.run()
 
     headers = dict(exchange.sent[0]["headers"])
-    assert len(headers[b"x-request-id"]) == 16
-    assert exchange.tally.http["/healthz", "200"] == 1
+    assert 16 == len(headers[b"x-request-id"])
+    assert 1 == exchange.tally.http["/healthz", "200"]
 
 
 async def test_bodies_are_read_and_thrown_away() -> None:
@@ -100,7 +100,7 @@ async def test_bodies_are_read_and_thrown_away() -> None:
     exchange = Exchange(slow)
     await exchange.run()
 
-    assert exchange.body == b"ok"
+    assert b"ok" == exchange.body
     assert exchange.received > 10
 
 
@@ -109,9 +109,9 @@ async def test_a_bug_in_a_route_is_a_500() -> None:
     exchange = Exchange(broken, "/elsewhere")
     await exchange.run()
 
-    assert exchange.status == 500
-    assert json.loads(exchange.body)["title"] == "Internal Server Error"
-    assert exchange.tally.http["other", "500"] == 1
+    assert 500 == exchange.status
+    assert "Internal Server Error" == json.loads(exchange.body)["title"]
+    assert 1 == exchange.tally.http["other", "500"]
 
 
 async def test_a_bug_after_the_response_began_adds_nothing_to_it() -> None:
@@ -119,7 +119,7 @@ async def test_a_bug_after_the_response_began_adds_nothing_to_it() -> None:
     exchange = Exchange(broken_halfway)
     await exchange.run()
 
-    assert [message["type"] for message in exchange.sent] == ["http.response.start"]
+    assert ["http.response.start"] == [message["type"] for message in exchange.sent]
 
 
 async def test_what_is_no_request_is_passed_on() -> None:
@@ -137,7 +137,7 @@ async def test_what_is_no_request_is_passed_on() -> None:
 
     await Front(app, Tally())({"type": "lifespan"}, nothing, nowhere)
 
-    assert seen == [{"type": "lifespan"}]
+    assert [{"type": "lifespan"}] == seen
 
 
 async def test_a_head_beyond_the_limit_never_reaches_the_application() -> None:
@@ -145,8 +145,8 @@ async def test_a_head_beyond_the_limit_never_reaches_the_application() -> None:
     exchange = Exchange(broken, "/" + "a" * 9000)
     await exchange.run()
 
-    assert exchange.status == 431
-    assert exchange.tally.http["other", "431"] == 1
+    assert 431 == exchange.status
+    assert 1 == exchange.tally.http["other", "431"]
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ async def test_all_who_ask_at_once_share_one_answer(
         for number in range(100):
             callers.start_soon(call, number / 1000)
 
-    assert answers == [1] * 100
-    assert oracle.asked == 1
+    assert [1] * 100 == answers
+    assert 1 == oracle.asked
     nursery.cancel_scope.cancel()
 
 
@@ -62,10 +62,10 @@ async def test_an_answer_is_given_again_only_while_it_is_fresh(
 
     first = [await shared.get(), await shared.get()]
     await trio.sleep(0.2)
-    assert oracle.asked == 1
+    assert 1 == oracle.asked
     second = await shared.get()
 
-    assert (first, second) == ([1, 1], 2)
+    assert ([1, 1], 2) == (first, second)
     nursery.cancel_scope.cancel()
 
 
@@ -83,7 +83,7 @@ async def test_a_question_that_hangs_is_cut_off(
     oracle.seconds = 0.0
     await trio.sleep(0.2)
 
-    assert (hung, await shared.get()) == (-1, 2)
+    assert (-1, 2) == (hung, await shared.get())
     assert took == pytest.approx(1.0)
     nursery.cancel_scope.cancel()
 
@@ -101,7 +101,7 @@ async def test_what_goes_wrong_means_unknown(
     oracle.error = None
     await trio.sleep(0.2)
 
-    assert (first, await shared.get()) == (-1, 2)
+    assert (-1, 2) == (first, await shared.get())
     nursery.cancel_scope.cancel()
 
 
@@ -122,7 +122,7 @@ async def test_a_caller_that_goes_away_takes_nothing_with_it(
             await shared.get()
         callers.start_soon(call)
 
-    assert (answers, oracle.asked) == ([1], 1)
+    assert ([1], 1) == (answers, oracle.asked)
     nursery.cancel_scope.cancel()
 
 
@@ -130,4 +130,4 @@ async def test_without_its_task_it_still_answers(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     """Nobody hangs because `run` is not running."""
-    assert await probe(Oracle()).get() == -1
+    assert -1 == await probe(Oracle()).get()

@@ -37,57 +37,57 @@ def parse(data: bytes, method: str = "GET") -> http.client.HTTPResponse:
 
 def test_healthy_has_exactly_the_known_shape() -> None:
     """A healthy pool answers 200 with the fields and words that monitors expect."""
-    assert HEALTHY.status == 200
-    assert json.loads(HEALTHY.body(NOW)) == {
+    assert 200 == HEALTHY.status
+    assert {
         "status": "healthy",
         "timestamp": "2025-01-21T09:00:00Z",
         "redis": {"status": "connected", "ping_ms": 1.23},
         "websocket": {"active_connections": 1234, "total_unique_users": 890},
         "uptime_seconds": 3600,
-    }
+    } == json.loads(HEALTHY.body(NOW))
 
 
 def test_without_redis_it_is_degraded() -> None:
     """Redis away: 503, ``degraded``, and the reason in place of the ping time."""
     degraded = attrs.evolve(HEALTHY, redis_ping_seconds=None, redis_error="connection timeout")
 
-    assert degraded.status == 503
+    assert 503 == degraded.status
     body = json.loads(degraded.body(NOW))
-    assert body["status"] == "degraded"
-    assert body["redis"] == {"status": "disconnected", "error": "connection timeout"}
+    assert "degraded" == body["status"]
+    assert {"status": "disconnected", "error": "connection timeout"} == body["redis"]
 
 
 def test_not_ready_is_degraded() -> None:
     """A pool that cannot serve is degraded, however well Redis is."""
     degraded = attrs.evolve(HEALTHY, ready=False)
 
-    assert degraded.status == 503
-    assert json.loads(degraded.body(NOW))["status"] == "degraded"
-    assert json.loads(degraded.body(NOW))["redis"]["status"] == "connected"
+    assert 503 == degraded.status
+    assert "degraded" == json.loads(degraded.body(NOW))["status"]
+    assert "connected" == json.loads(degraded.body(NOW))["redis"]["status"]
 
 
 def test_readiness_says_why_not() -> None:
     """``why`` is there exactly when it is not ready."""
-    assert json.loads(health.readiness_body(ready=True, why="ignored")) == {"ready": True}
-    assert json.loads(health.readiness_body(ready=False, why="draining")) == {
+    assert {"ready": True} == json.loads(health.readiness_body(ready=True, why="ignored"))
+    assert {
         "ready": False,
         "why": "draining",
-    }
+    } == json.loads(health.readiness_body(ready=False, why="draining"))
 
 
 def test_liveness_is_a_word() -> None:
     """The loop turns: that is all there is to say."""
-    assert json.loads(health.liveness_body()) == {"status": "ok"}
+    assert {"status": "ok"} == json.loads(health.liveness_body())
 
 
 def test_a_problem_names_its_status() -> None:
     """Errors are RFC 9457 problems; a detail is there if there is one."""
-    assert json.loads(health.problem_body(404)) == {
+    assert {
         "type": "about:blank",
         "title": "Not Found",
         "status": 404,
-    }
-    assert json.loads(health.problem_body(599, "Who knows."))["detail"] == "Who knows."
+    } == json.loads(health.problem_body(404))
+    assert "Who knows." == json.loads(health.problem_body(599, "Who knows."))["detail"]
 
 
 @pytest.mark.parametrize("status", [200, 503, 599])
@@ -96,12 +96,12 @@ def test_a_small_response_is_whole(status: int) -> None:
     response = parse(health.small_response(status, b'{"a":1}', health.JSON))
 
     assert response.status == status
-    assert response.read() == b'{"a":1}'
-    assert response.headers["Content-Type"] == "application/json"
-    assert response.headers["Content-Length"] == "7"
-    assert response.headers["Connection"] == "close"
-    assert response.headers["Cache-Control"] == "no-store"
-    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert b'{"a":1}' == response.read()
+    assert "application/json" == response.headers["Content-Type"]
+    assert "7" == response.headers["Content-Length"]
+    assert "close" == response.headers["Connection"]
+    assert "no-store" == response.headers["Cache-Control"]
+    assert "nosniff" == response.headers["X-Content-Type-Options"]
 
 
 def test_the_answer_to_head_has_no_body() -> None:
@@ -110,11 +110,11 @@ def test_the_answer_to_head_has_no_body() -> None:
     head = health.small_response(200, b"body", "text/plain", head=True)
 
     assert head == whole.removesuffix(b"body")
-    assert parse(head, "HEAD").headers["Content-Length"] == "4"
+    assert "4" == parse(head, "HEAD").headers["Content-Length"]
 
 
 def test_further_headers_are_added() -> None:
     """The caller may add headers, such as Retry-After."""
     response = parse(health.small_response(503, b"", "text/plain", headers={"Retry-After": "5"}))
 
-    assert response.headers["Retry-After"] == "5"
+    assert "5" == response.headers["Retry-After"]

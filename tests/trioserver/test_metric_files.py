@@ -105,7 +105,7 @@ def test_the_library_reads_our_files(tmp_path: Path) -> None:
     file.close()
 
     samples = {(s.name, *s.labels.values()): s.value for f in families for s in f.samples}
-    assert samples == {("apples_total",): 2.0, ("pears_total", "ripe"): 5.0}
+    assert {("apples_total",): 2.0, ("pears_total", "ripe"): 5.0} == samples
 
 
 def test_a_stored_value_is_seen_at_once(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_stored_value_is_seen_at_once(tmp_path: Path) -> None:
     file = MetricFile(tmp_path / "counter_w0.1.db", {KEY: 0.0, PEARS: 0.0})
     file.store(0, 7.5)
 
-    assert metric_files.read(file.path) == {KEY: 7.5, PEARS: 0.0}
+    assert {KEY: 7.5, PEARS: 0.0} == metric_files.read(file.path)
     file.close()
     file.close()
 
@@ -126,7 +126,7 @@ def test_a_new_file_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
     MetricFile(path, {KEY: 3.0}).close()
 
     assert [path] == list(tmp_path.iterdir())
-    assert metric_files.read(path) == {KEY: 3.0}
+    assert {KEY: 3.0} == metric_files.read(path)
 
 
 def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
     )
 
     assert b"OSError: [Errno 27]" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert [] == list(tmp_path.iterdir())
 
 
 def test_an_owner_is_known_while_it_lives(tmp_path: Path) -> None:
@@ -181,12 +181,12 @@ def test_a_killed_owner_is_known_to_be_dead(tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as owner:
         assert owner.stdout is not None
-        assert owner.stdout.readline() == b"ready\n"
+        assert b"ready\n" == owner.stdout.readline()
         assert metric_files.is_owned(path)
         owner.kill()
 
     assert not metric_files.is_owned(path)
-    assert metric_files.read(path) == {"k": 1.0}
+    assert {"k": 1.0} == metric_files.read(path)
 
 
 def test_a_bad_file_is_set_aside(tmp_path: Path) -> None:
@@ -197,5 +197,5 @@ def test_a_bad_file_is_set_aside(tmp_path: Path) -> None:
     metric_files.set_aside(path)
     metric_files.set_aside(path)
 
-    assert (tmp_path / "counter_w0.1.db.bad").read_bytes() == b"torn"
+    assert b"torn" == (tmp_path / "counter_w0.1.db.bad").read_bytes()
     assert not path.exists()

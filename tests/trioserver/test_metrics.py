@@ -55,7 +55,7 @@ def scraped(directory: Path) -> Samples:
 
 def test_names_types_and_labels_stay_as_they_are() -> None:
     """Every metric has the name, type and labels that dashboards know."""
-    assert {family.name: (family.kind, family.labels) for family in FAMILIES} == GOLDEN
+    assert GOLDEN == {family.name: (family.kind, family.labels) for family in FAMILIES}
 
 
 def test_every_series_is_there_from_the_start(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_what_was_counted_is_scraped(tmp_path: Path) -> None:
 
     Exporter(tally, tmp_path, "w0.1").flush()
 
-    assert {name: value for name, value in scraped(tmp_path).items() if value} == {
+    assert {
         ("websocket_connections",): 3,
         ("websocket_connections_total",): 3,
         ("active_connections",): 3,
@@ -145,7 +145,7 @@ def test_what_was_counted_is_scraped(tmp_path: Path) -> None:
         ("websocket_connection_duration_seconds_bucket", "+Inf"): 1,
         ("websocket_connection_duration_seconds_count",): 1,
         ("websocket_connection_duration_seconds_sum",): 2,
-    }
+    } == {name: value for name, value in scraped(tmp_path).items() if value}
 
 
 @given(st.lists(st.floats(min_value=0, max_value=200_000)))
@@ -186,7 +186,7 @@ def test_a_respawn_starts_with_its_own_gauges(tmp_path: Path) -> None:
 
     Exporter(Tally(), tmp_path, "w0.1")
 
-    assert scraped(tmp_path)["websocket_connections",] == 0
+    assert 0 == scraped(tmp_path)["websocket_connections",]
 
 
 def test_other_code_under_the_same_identity_loses_no_counts(tmp_path: Path) -> None:
@@ -198,8 +198,8 @@ def test_other_code_under_the_same_identity_loses_no_counts(tmp_path: Path) -> N
     Exporter(Tally(opened=1), tmp_path, "w0.1").flush()
 
     samples = scraped(tmp_path)
-    assert samples["old_total",] == 4
-    assert samples["websocket_connections_opened_total",] == 1
+    assert 4 == samples["old_total",]
+    assert 1 == samples["websocket_connections_opened_total",]
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"\xff\x00\x00\x00torn"])
@@ -209,7 +209,7 @@ def test_a_bad_file_does_not_keep_a_process_from_starting(tmp_path: Path, conten
 
     Exporter(Tally(opened=1), tmp_path, "w0.1").flush()
 
-    assert scraped(tmp_path)["websocket_connections_opened_total",] == 1
+    assert 1 == scraped(tmp_path)["websocket_connections_opened_total",]
     assert content == (tmp_path / "counter_w0.1.db.bad").read_bytes()
 
 
@@ -224,7 +224,7 @@ def test_the_end_writes_the_last_counts_and_takes_the_gauges_away(tmp_path: Path
     exporter.close()
 
     samples = scraped(tmp_path)
-    assert samples["websocket_connections_opened_total",] == 5
+    assert 5 == samples["websocket_connections_opened_total",]
     assert ("websocket_connections",) not in samples
 
 
@@ -235,9 +235,9 @@ def test_two_processes_add_up(tmp_path: Path) -> None:
 
     samples = scraped(tmp_path)
 
-    assert samples["websocket_connections",] == 5
-    assert samples["websocket_connections_opened_total",] == 9
-    assert samples["canary_age_seconds",] == 7
+    assert 5 == samples["websocket_connections",]
+    assert 9 == samples["websocket_connections_opened_total",]
+    assert 7 == samples["canary_age_seconds",]
 
 
 def test_a_process_that_cannot_be_measured_serves_all_the_same(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_process_that_cannot_be_measured_serves_all_the_same(tmp_path: Path) -
     exporter.close()
 
     assert exporter.problem.endswith("No such file or directory")
-    assert Exporter(Tally(), tmp_path, "w0.1").problem == ""
+    assert "" == Exporter(Tally(), tmp_path, "w0.1").problem
 
 
 @pytest.mark.parametrize("identity", ["w0_1", "../w0"])

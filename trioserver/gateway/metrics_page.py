@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 import attrs
 import msgspec
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import Metric, Sample
 from prometheus_client.registry import Collector
 
@@ -24,7 +24,7 @@ from trioserver.metrics import FAMILIES
 from trioserver.status import StatusReply
 
 # The plain format only: OpenMetrics forbids a gauge that is called websocket_connections_total.
-CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 SERVICE: Final = "trioserver"
 

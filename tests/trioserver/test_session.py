@@ -1,0 +1,140 @@
+"""The session: tables of histories; one message, one action."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trioserver.errors import CloseReason
+from trioserver.session import (
+    MAX_STRIKES,
+    STRIKE_SECONDS,
+    Action,
+    Authenticate,
+    Close,
+    Send,
+    SendError,
+    Session,
+)
+
+NOW = 1000.0
+STAMP = "2026-11-20T06:19:42.000Z"
+
+
+def say(session: Session, message: object, now: float = NOW) -> Action | None:
+    text = message if isinstance(message, bytes) else json.dumps(message).encode()
+    return session.receive(text, now, STAMP)
+
+
+def reply(action: Action | None) -> dict[str, object]:
+    assert isinstance(action, Send | SendError)
+    found = json.loads(action.data)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_messages_are_counted_and_answered() -> None:
+    """Each message is answered with the count, its payload, the time and its ref."""
+    session = Session("ann")
+    for count in (1, 2, 3):
+        assert {
+            "type": "message_response",
+            "count": count,
+            "payload": {"a": [count]},
+            "timestamp": STAMP,
+            "ref": "r",
+        } == reply(say(session, {"type": "message", "payload": {"a": [count]}, "ref": "r"}))
+    assert {"type": "message_response", "count": 4, "payload": None, "timestamp": STAMP} == reply(
+        say(session, {"type": "message"})
+    )
+
+
+@pytest.mark.parametrize(
+    ("user", "message", "answer"),
+    [
+        ("ann", {"type": "ping"}, {"type": "pong"}),
+        ("ann", {"type": "ping", "ref": "r"}, {"type": "pong", "ref": "r"}),
+        ("ann", {"type": "ping", "ref": None}, {"type": "pong"}),
+        ("ann", {"type": "auth", "token": "t", "ref": "r"}, ("already_authenticated", "r")),
+        ("ann", {"type": "nope", "ref": "r"}, ("unknown_type", "r")),
+        ("ann", b"hello", ("bad_json", None)),
+        ("ann", {"type": "message", "ref": 1}, ("bad_message", None)),
+        (None, {"type": "ping", "ref": "r"}, ("unauthenticated", "r")),
+        (None, {"type": "message", "ref": "r"}, ("unauthenticated", "r")),
+        (None, {"type": "nope", "ref": "r"}, ("unknown_type", "r")),
+        (None, b"", ("bad_json", None)),
+    ],
+)
+def test_one_message_one_reply(
+    user: str | None, message: object, answer: dict[str, object] | tuple[str, str | None]
+) -> None:
+    """Each row of the protocol's table, in both states."""
+    action = say(Session(user), message)
+    if isinstance(answer, dict):
+        assert answer == reply(action)
+        assert isinstance(action, Send)
+    else:
+        assert isinstance(action, SendError)
+        error = reply(action)
+        assert ("error", *answer) == (error["type"], error["code"], error.get("ref"))
+        assert answer[0] == action.code
+
+
+def test_auth_changes_the_state_and_errors_before_it_count_nothing() -> None:
+    """A nameless session asks for the token to be verified; then it is like any other."""
+    session = Session()
+    say(session, {"type": "message"})
+    action = say(session, {"type": "auth", "token": "t"})
+    assert isinstance(action, Authenticate)
+    assert "t" == action.token
+    assert session.user is None
+    session.authenticated("ann")
+    assert ("ann", 1) == (session.user, reply(say(session, {"type": "message"}))["count"])
+
+
+def test_twenty_malformed_messages_in_ten_seconds_end_it() -> None:
+    """Nineteen are answered, the twentieth closes, and then there is nothing more."""
+    session = Session("ann")
+    for i in range(MAX_STRIKES - 1):
+        assert isinstance(say(session, b"?", NOW + i * 0.5), SendError)
+        assert isinstance(say(session, {"type": "ping"}, NOW + i * 0.5), Send)
+    action = say(session, b"?", NOW + STRIKE_SECONDS - 0.1)
+    assert isinstance(action, Close)
+    assert CloseReason.POLICY is action.reason
+    assert session.closed
+    assert say(session, {"type": "ping"}) is None
+
+
+def test_malformed_messages_spread_out_end_nothing() -> None:
+    """One a second is a bug to be told about, not an attack."""
+    session = Session("ann")
+    for i in range(200):
+        assert isinstance(say(session, b"?", NOW + i), SendError)
+
+
+@pytest.mark.parametrize("pause", [9.0, 9.9, 9.99])
+def test_twenty_in_any_ten_seconds_are_too_many(pause: float) -> None:
+    """A burst across the end of a counting period is a burst."""
+    session = Session("ann")
+    say(session, b"?", NOW)
+    actions = [say(session, b"?", NOW + pause + i * 0.01) for i in range(MAX_STRIKES)]
+    assert isinstance(actions[-1], Close) or actions[-1] is None
+
+
+def test_closing_from_outside_is_final() -> None:
+    """After close there are no actions, whatever comes."""
+    session = Session()
+    assert CloseReason.RATE is session.close(CloseReason.RATE).reason
+    for message in (b"?", {"type": "ping"}, {"type": "auth", "token": "t"}):
+        assert say(session, message) is None
+
+
+@given(st.lists(st.sampled_from([b"?", b'{"type":"ping"}', b'{"type":"message"}', b"{}"])))
+def test_the_same_history_gives_the_same_actions(history: list[bytes]) -> None:
+    """No clock, no randomness; exactly one action each until closed, then none."""
+    one, two = Session("ann"), Session("ann")
+    for i, text in enumerate(history):
+        first, second = say(one, text, NOW + i * 0.1), say(two, text, NOW + i * 0.1)
+        assert first == second
+        assert (first is None) == (one.closed and not isinstance(first, Close))
