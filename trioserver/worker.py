@@ -294,6 +294,8 @@ class Worker:
             tally.log_lines_dropped = logs.dropped()
             if self._exporter is not None:
                 self._exporter.flush()
+                if self._exporter.problem:
+                    self._log_quietly("metrics cannot be written", self._exporter.problem)
             self._changed()
             expected = max(expected + FLUSH_SECONDS, now)
 
@@ -344,19 +346,18 @@ class Worker:
         self._log.error("bug", doing=doing, exc_info=bug)
 
     def _log_malformed(self, topic: bytes, problem: str) -> None:
-        held_back = self._quiet.due("malformed", trio.current_time())
-        if held_back is not None:
-            self._log.warning(
-                "malformed publication",
-                channel=topic.decode("utf-8", "replace"),
-                problem=problem,
-                held_back=held_back,
-            )
+        self._log_quietly(
+            "malformed publication", problem, channel=topic.decode("utf-8", "replace")
+        )
 
     def _log_pause(self, error: OSError) -> None:
-        held_back = self._quiet.due("accept", trio.current_time())
+        self._log_quietly("cannot accept", str(error))
+
+    def _log_quietly(self, event: str, problem: str, **fields: str) -> None:
+        """Log what may come in floods: once per interval, with how often it was held back."""
+        held_back = self._quiet.due(event, trio.current_time())
         if held_back is not None:
-            self._log.error("cannot accept", problem=str(error), held_back=held_back)
+            self._log.warning(event, problem=problem, held_back=held_back, **fields)
 
     def _log_end(self, connection: Connection, reason: CloseReason) -> None:
         self._log.debug(

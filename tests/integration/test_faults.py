@@ -180,7 +180,7 @@ def test_readiness_follows_a_dead_and_a_deaf_redis(tmp_path: Path) -> None:
         assert 503 == server.get("/health")[0]
         redis.start()
         readiness(200, 8, "ready again")
-        redis.stop()
+        redis.pause()
         # 5 s between two canaries, 2 s of patience; the rest is for the machine.
         readiness(503, 7.5, "unready with a deaf Redis")
         assert 200 == server.get("/healthz", public=True)[0]

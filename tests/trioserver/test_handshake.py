@@ -204,8 +204,8 @@ def test_the_answer_is_the_one_of_the_rfc() -> None:
     assert plain.startswith(b"HTTP/1.1 101 ")
     assert plain.endswith(b"\r\n\r\n")
     assert b"\r\nSec-WebSocket-Accept: " + ACCEPT + b"\r\n" in plain
-    assert b"Protocol" not in plain
-    assert b"Extensions" not in plain
+    assert b"Sec-WebSocket-Protocol" not in plain
+    assert b"Sec-WebSocket-Extensions" not in plain
     offered = made(b"Sec-WebSocket-Protocol: x, trioserver.v1", b"Sec-WebSocket-Protocol: y")
     assert b"\r\nSec-WebSocket-Protocol: trioserver.v1\r\n" in upgrade(parse(offered)).response()
 

@@ -1,0 +1,203 @@
+"""A real supervisor with real children, for tests: start it, look at it, hurt it, end it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from trioserver.control_client import Op, ask
+from trioserver.settings import Settings
+from trioserver.statedir import StateDir
+from trioserver.status import StatusReply, Verdict
+
+HERE = Path(__file__).parent
+LIMIT_SECONDS = 15.0
+"""Absolute limit of every wait: far more than anything takes on a busy machine."""
+
+QUICK_TIMING = {
+    "unready_silence": 1.0,
+    "abort_silence": 2.0,
+    "abort_grace": 0.5,
+    "startup": 8.0,
+    "free_respawn": 0.3,
+    "backoff": 0.05,
+    "backoff_limit": 0.4,
+    "reload": 8.0,
+}
+
+
+def eventually(condition: Callable[[], bool], limit: float = LIMIT_SECONDS) -> None:
+    """Wait until something is true; fail if that takes too long."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+@contextmanager
+def short_directory() -> Iterator[Path]:
+    """Make a directory whose path leaves room for the name of a Unix socket, and remove it."""
+    path = Path(tempfile.mkdtemp(prefix="ts-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class Server:
+    """One supervisor process, with stubs for children unless told otherwise."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        settings: dict[str, object] | None = None,
+        timing: dict[str, float] | None = None,
+        commands: dict[str, list[str]] | None = None,
+        pass_fds: tuple[int, ...] = (),
+    ) -> None:
+        """Start it; it may not be ready yet."""
+        self.directory = directory
+        self.settings = {
+            "ws_host": "127.0.0.1",
+            "ws_port": 0,
+            "admin_port": 0,
+            "workers": 2,
+            "data_dir": str(directory / "state"),
+            "redis_url": "redis://127.0.0.1:1/0",
+            "drain_seconds": 8.0,
+            "drain_propagation": 0.0,
+            "log_level": "debug",
+            "logger_encoding": "json",
+            **(settings or {}),
+        }
+        stub = [sys.executable, "-I", "-S", str(HERE / "stub_child.py"), str(directory)]
+        self.snapshot_file = directory / "snapshot"
+        given = {
+            "settings": self.settings,
+            "timing": {**QUICK_TIMING, **(timing or {})},
+            "commands": {
+                "worker": [*stub, "worker"],
+                "gateway": [*stub, "gateway"],
+                "snapshot": ["/bin/cat", str(self.snapshot_file)],
+                **(commands or {}),
+            },
+            "flags": [],
+        }
+        self.new_settings()
+        self.log_file = directory / f"log-{time.monotonic_ns()}"
+        with self.log_file.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.supervisor.run_supervisor", json.dumps(given)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=HERE.parent.parent,
+                pass_fds=pass_fds,
+            )
+        self.pid = self.process.pid
+
+    @property
+    def state(self) -> StateDir:
+        """Its state directory."""
+        return StateDir(Path(str(self.settings["data_dir"])))
+
+    def new_settings(self, **changed: object) -> None:
+        """Change what a reload will read."""
+        values: dict[str, Any] = {**self.settings, **changed}
+        values["data_dir"] = Path(values["data_dir"])
+        self.snapshot_file.write_bytes(Settings(**values).snapshot())
+
+    def behave(self, who: str, how: str) -> None:
+        """Tell stubs that start from now on how to behave; ``good`` takes it back."""
+        (self.directory / who).write_text(how)
+
+    def ask(self, op: Op = "status") -> StatusReply | Verdict:
+        """Ask it something, and wait for the answer."""
+        return ask(self.state.control_socket, op, LIMIT_SECONDS)
+
+    def status(self) -> StatusReply:
+        """Return its status."""
+        reply = self.ask()
+        assert isinstance(reply, StatusReply)
+        return reply
+
+    def verdict(self, op: Op) -> Verdict:
+        """Ask for something to be done, and return what came of it."""
+        reply = self.ask(op)
+        assert isinstance(reply, Verdict)
+        return reply
+
+    def wait_ready(self) -> str:
+        """Wait until it says that it is ready; return what it says."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().decode()
+        assert line, self.log()
+        return line
+
+    def worker(self, slot: int = 0) -> int:
+        """Return the pid of a worker, once there is one."""
+        pid: int | None = None
+
+        def there() -> bool:
+            nonlocal pid
+            pid = self.status().workers[slot].pid
+            return pid is not None
+
+        eventually(there)
+        assert pid is not None
+        return pid
+
+    def replaced(self, slot: int, old: int) -> Callable[[], bool]:
+        """Return a condition: somebody else owns that slot and is ready."""
+
+        def condition() -> bool:
+            worker = self.status().workers[slot]
+            return worker.ready and worker.pid != old
+
+        return condition
+
+    def family(self) -> list[psutil.Process]:
+        """Return its children, and theirs."""
+        return psutil.Process(self.pid).children(recursive=True)
+
+    def log(self) -> str:
+        """Return its log so far."""
+        return self.log_file.read_text()
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Return the log lines of one event."""
+        lines = [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
+        return [line for line in lines if line.get("event") == name]
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Wait for its end; return the exit code."""
+        return self.process.wait(LIMIT_SECONDS)
+
+    def close(self) -> None:
+        """End it, whatever it is doing, and whoever is left of it."""
+        family = self.family() if self.process.poll() is None else []
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(LIMIT_SECONDS)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        for process in family:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue

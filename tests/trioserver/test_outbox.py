@@ -1,0 +1,350 @@
+"""The outbox over real sockets with tiny buffers, against a list as its model."""
+
+import contextlib
+import socket
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tests.trioserver.wire import Pair
+from trioserver.outbox import CROWD_BYTES, Outbox, OutboxLimits
+
+
+class Owner:
+    """Counts what it is told."""
+
+    def __init__(self) -> None:
+        self.blocks = 0
+        self.overflows = 0
+        self.breaks = 0
+
+    def blocked(self) -> None:
+        """Count."""
+        self.blocks += 1
+
+    def overflowed(self) -> None:
+        """Count."""
+        self.overflows += 1
+
+    def broke(self) -> None:
+        """Count."""
+        self.breaks += 1
+
+
+def drain(sock: socket.socket, most: int = 1 << 20) -> bytes:
+    """Read what is there, up to ``most``."""
+    found = b""
+    with contextlib.suppress(BlockingIOError):
+        while len(found) < most and (data := sock.recv(most - len(found))):
+            found += data
+    return found
+
+
+def everything(outbox: Outbox, pair: Pair) -> bytes:
+    """Flush and read until nothing waits."""
+    found = b""
+    while not outbox.empty:
+        outbox.flush()
+        found += drain(pair.client)
+    return found + drain(pair.client)
+
+
+class Overflowing(Owner):
+    """Does what a connection does: a farewell that jumps the queue."""
+
+    outbox: Outbox
+
+    def overflowed(self) -> None:
+        """Finish."""
+        super().overflowed()
+        self.outbox.finish(b"<farewell>", drop=True)
+
+
+class OutboxMachine(RuleBasedStateMachine):
+    """Any history of one outbox, with a reader that stops and goes on as it likes."""
+
+    LIMITS = OutboxLimits(max_bytes=60_000, max_frames=12)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Pair(1)
+        self.owner = Overflowing()
+        self.outbox = self.owner.outbox = Outbox(self.pair.server, self.LIMITS, self.owner)
+        self.accepted: list[bytes] = []
+        """The model: what was accepted and not dropped, in order."""
+        self.read = b""
+        self.number = 0
+        self.finished = False
+        self.dropped = False
+
+    def teardown(self) -> None:
+        """In the end, whole frames in their order, then the farewell."""
+        if self.outbox.corked:
+            self.uncork()
+        self.read += everything(self.outbox, self.pair)
+        self.pair.__exit__()
+        if self.dropped or self.owner.overflows:
+            self.check_dropped()
+        else:
+            assert b"".join(self.accepted) == self.read
+
+    def check_dropped(self) -> None:
+        body, mark, rest = self.read.partition(b"<farewell>")
+        assert (b"<farewell>", b"") == (mark, rest)
+        count = 0
+        while body:
+            assert body.startswith(self.accepted[count])
+            body = body[len(self.accepted[count]) :]
+            count += 1
+
+    @rule(size=st.sampled_from([1, 10, 1000, 5_000, 20_000, 59_000]))
+    def offer(self, size: int) -> None:
+        """Accepted or refused, never half."""
+        self.number += 1
+        frame = b"<%d:" % self.number + b"x" * size + b">"
+        was_closed = self.outbox.closed
+        taken = self.outbox.offer(frame)
+        assert not (was_closed and taken)
+        if taken:
+            self.accepted.append(frame)
+        elif not was_closed:
+            assert self.owner.overflows == 1
+
+    @rule(most=st.sampled_from([1, 100, 4_000, 50_000]))
+    def reader_reads(self, most: int) -> None:
+        """The client takes a little or a lot."""
+        self.read += drain(self.pair.client, most)
+
+    @rule()
+    def flush(self) -> None:
+        """The pump finds the socket writable."""
+        self.outbox.flush()
+
+    @precondition(lambda self: self.outbox.empty and not self.outbox.closed)
+    @rule()
+    def cork(self) -> None:
+        """Hold back."""
+        self.outbox.cork()
+        self.corked_at = len(self.accepted)
+
+    @precondition(lambda self: self.outbox.corked)
+    @rule()
+    def uncork(self) -> None:
+        """The first message overtakes what was held back, and nothing else."""
+        self.accepted.insert(self.corked_at, b"<first>")
+        overflows = self.owner.overflows
+        self.outbox.uncork(b"<first>")
+        if self.owner.overflows > overflows:
+            self.dropped = True
+
+    @precondition(lambda self: not self.finished and not self.outbox.closed)
+    @rule(drop=st.booleans())
+    def finish(self, drop: bool) -> None:
+        """The farewell is the last that is said."""
+        if self.outbox.corked:
+            del self.accepted[self.corked_at :]
+        self.finished = True
+        self.dropped = drop
+        self.outbox.finish(b"<farewell>", drop=drop)
+        self.accepted.append(b"<farewell>")
+        assert self.outbox.closed
+
+    @invariant()
+    def bounded(self) -> None:
+        """Bytes and frames stay within their bounds; only a farewell goes beyond."""
+        room = len(b"<farewell>") if self.outbox.closed else 0
+        assert 0 <= self.outbox.waiting_bytes <= self.LIMITS.max_bytes + room
+        waiting = self.outbox._waiting
+        if waiting is not None:
+            held = sum(map(len, waiting)) - self.outbox._offset
+            assert held == self.outbox.waiting_bytes
+            assert len(waiting) <= self.LIMITS.max_frames + bool(room)
+
+    @invariant()
+    def told_once(self) -> None:
+        """The owner hears of an overflow at most once, and of no failure."""
+        assert self.owner.overflows <= 1
+        assert self.owner.breaks == 0
+
+
+OutboxMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestOutbox = OutboxMachine.TestCase
+
+
+def made(pair: Pair, max_bytes: int = 0, max_frames: int = 0) -> tuple[Outbox, Owner]:
+    owner = Owner()
+    limits = OutboxLimits(max_bytes=max_bytes, max_frames=max_frames)
+    return Outbox(pair.server, limits, owner), owner
+
+
+def fill(outbox: Outbox, size: int = 1000) -> int:
+    """Offer frames until one waits; return how many."""
+    count = 0
+    while outbox.empty:
+        assert outbox.offer(b"%08d" % count + b"x" * (size - 8))
+        count += 1
+    return count
+
+
+def test_an_empty_outbox_writes_at_once() -> None:
+    """No pump is needed while the client reads."""
+    with Pair() as pair:
+        outbox, owner = made(pair)
+        assert outbox.offer(b"hello")
+        assert outbox.empty
+        assert b"hello" == drain(pair.client)
+        assert 0 == owner.blocks
+
+
+def test_a_full_socket_blocks_once_and_loses_nothing() -> None:
+    """Order in is order out over any number of partial writes."""
+    with Pair() as pair:
+        outbox, owner = made(pair)
+        count = fill(outbox)
+        for _ in range(200):
+            outbox.offer(b"%08d" % count + b"x" * 992)
+            count += 1
+        assert 1 == owner.blocks
+        found = everything(outbox, pair)
+        assert b"".join(b"%08d" % i + b"x" * 992 for i in range(count)) == found
+        assert (0, True) == (outbox.waiting_bytes, outbox.empty)
+
+
+@pytest.mark.parametrize(("max_bytes", "max_frames"), [(10_000, 0), (0, 10), (10_000, 10)])
+def test_overflow_is_told_once_and_ends_it(max_bytes: int, max_frames: int) -> None:
+    """The frame that would pass a bound is refused, and so is every later one."""
+    with Pair() as pair:
+        outbox, owner = made(pair, max_bytes, max_frames)
+        fill(outbox)
+        while outbox.offer(b"x" * 1000):
+            assert not max_bytes or outbox.waiting_bytes <= max_bytes
+        for _ in range(5):
+            assert not outbox.offer(b"")
+        assert (1, 0, True) == (owner.overflows, owner.breaks, outbox.closed)
+
+
+def test_a_frame_larger_than_the_bound_never_waits() -> None:
+    """Bytes waiting are within the bound always, also those of the first frame that waits."""
+    with Pair() as pair:
+        outbox, owner = made(pair, max_bytes=1000)
+        outbox.offer(b"x" * 4_000_000)
+        assert outbox.waiting_bytes <= 1000
+        assert 1 == owner.overflows
+
+
+def test_a_broken_socket_is_told_once_by_offer() -> None:
+    """offer never raises; it returns False and says so once."""
+    with Pair() as pair:
+        outbox, owner = made(pair)
+        pair.server.shutdown(socket.SHUT_WR)
+        assert not outbox.offer(b"x")
+        assert not outbox.offer(b"x")
+        assert (1, 0, True) == (owner.breaks, owner.overflows, outbox.closed)
+
+
+def test_a_broken_socket_is_told_once_by_flush() -> None:
+    """flush never raises either."""
+    with Pair() as pair:
+        outbox, owner = made(pair)
+        fill(outbox)
+        pair.server.shutdown(socket.SHUT_WR)
+        assert not outbox.flush()
+        assert not outbox.flush()
+        assert not outbox.offer(b"x")
+        assert (1, True, 0) == (owner.breaks, outbox.empty, outbox.waiting_bytes)
+
+
+def test_flush_tells_whether_anything_moved() -> None:
+    """Progress is what the write deadline counts."""
+    with Pair() as pair:
+        outbox, _ = made(pair)
+        assert not outbox.flush()
+        fill(outbox)
+        assert not outbox.flush()
+        drain(pair.client)
+        assert outbox.flush()
+
+
+def test_a_corked_outbox_holds_everything_under_the_same_bounds() -> None:
+    """Nothing overtakes the first message; too much is an overflow."""
+    with Pair() as pair:
+        outbox, owner = made(pair, max_bytes=100, max_frames=3)
+        outbox.cork()
+        assert not outbox.empty
+        assert outbox.offer(b"b")
+        assert outbox.offer(b"c")
+        assert not outbox.flush()
+        assert b"" == drain(pair.client)
+        assert outbox.send_past_cork(b"101")
+        outbox.uncork(b"a")
+        assert outbox.offer(b"d")
+        assert b"101abcd" == drain(pair.client)
+        again, owner = made(pair, max_bytes=100, max_frames=3)
+        again.cork()
+        assert [True, True, True, False] == [again.offer(b"x") for _ in range(4)]
+        assert 1 == owner.overflows
+
+
+def test_a_farewell_while_corked_goes_alone() -> None:
+    """What was held back would have to follow the farewell, and nothing may."""
+    with Pair() as pair:
+        outbox, _ = made(pair)
+        outbox.cork()
+        outbox.offer(b"held")
+        outbox.finish(b"bye")
+        assert not outbox.offer(b"more")
+        assert b"bye" == drain(pair.client)
+
+
+def test_a_dropped_backlog_leaves_the_frame_that_was_begun() -> None:
+    """Half a frame would make every later byte garbage."""
+    with Pair() as pair:
+        outbox, _ = made(pair)
+        count = fill(outbox, 5000)
+        for _ in range(10):
+            outbox.offer(b"never" * 100)
+        begun = bool(outbox._offset)
+        outbox.finish(b"bye", drop=True)
+        found = everything(outbox, pair)
+        assert found.endswith(b"bye")
+        assert b"never" not in found
+        assert (count if begun else count - 1) * 5000 + 3 == len(found)
+
+
+def test_finish_again_does_nothing_and_abandon_forgets() -> None:
+    """The first farewell counts; abandon may be called at any time, any number of times."""
+    with Pair() as pair:
+        outbox, _ = made(pair)
+        fill(outbox)
+        outbox.finish(b"one")
+        outbox.finish(b"two")
+        assert everything(outbox, pair).endswith(b"one")
+        outbox, _ = made(pair)
+        fill(outbox)
+        outbox.abandon()
+        outbox.abandon()
+        assert (True, 0, True) == (outbox.empty, outbox.waiting_bytes, outbox.closed)
+        assert not outbox.flush()
+        silent, _ = made(pair)
+        silent.finish(b"")
+        assert silent.closed
+
+
+@pytest.mark.parametrize("limits", [OutboxLimits(), OutboxLimits(max_bytes=0, max_frames=0)])
+def test_crowded_comes_at_a_quarter(limits: OutboxLimits) -> None:
+    """Also where there is no limit: reading on would be unbounded then."""
+    with Pair() as pair:
+        outbox = Outbox(pair.server, limits, Owner())
+        assert not outbox.crowded
+        fill(outbox)
+        frames = 0
+        while not outbox.crowded:
+            assert outbox.offer(b"x")
+            frames += 1
+        assert frames <= 64
+        other = Outbox(pair.server, limits, Owner())
+        other.cork()
+        assert other.offer(b"x" * (CROWD_BYTES // 4 + 1))
+        assert other.crowded
