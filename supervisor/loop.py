@@ -305,6 +305,12 @@ def supervise(
         )
         at_last.callback(loop.close)
         held.callback(loop.stop_listening)
+        logs.get_logger().info(
+            "listening",
+            address=plan.identity.address,
+            admin_address=plan.identity.admin_address,
+            data_dir=str(state.path),
+        )
         return loop.run()
 
 

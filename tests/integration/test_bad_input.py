@@ -64,7 +64,7 @@ def raw(server: Running) -> Raw:
 
 def make(claims: dict[str, object], key: str = SECRET, algorithm: str = "HS256") -> str:
     """Return a token with just these claims."""
-    return jwt.encode(claims, key or None, algorithm=algorithm)
+    return jwt.encode(claims, key, algorithm=algorithm)
 
 
 BAD_TOKENS = {

@@ -43,13 +43,13 @@ def main() -> None:
     # The settings must be there, and readable from the start although the offset is shared.
     settings = json.loads(os.pread(5, 1 << 20, 0))
     pair = socket.socket(fileno=3)
-    Child(pair, behaviour, note=str(settings["workers"])).run()
+    Child(pair, behaviour, note=settings["ws_max_connections"]).run()
 
 
 class Child:
     """One life."""
 
-    def __init__(self, pair: socket.socket, behaviour: str, note: str) -> None:
+    def __init__(self, pair: socket.socket, behaviour: str, note: int) -> None:
         """Take the pair; nothing is said yet."""
         self.pair = pair
         self.behaviour = behaviour
@@ -84,9 +84,9 @@ class Child:
             self.listen()
 
     def beat(self, *, ready: bool, why: str) -> None:
-        """Beat; the number of connections is the settings' number of workers."""
+        """Beat; the number of connections is the setting ``ws_max_connections``."""
         try:
-            self.say(type="beat", connections=int(self.note), ready=ready, why=why)
+            self.say(type="beat", connections=self.note, ready=ready, why=why)
         except OSError:
             if self.behaviour != "stubborn":
                 sys.exit(0)
