@@ -105,17 +105,13 @@ class Children:
             door = self._doors[slot]
         else:
             argv, door = self._commands.gateway, self._admin_door
+        argv = (*argv, "--generation", str(generation))
+        fds = {LISTEN_FD: door.fileno(), SETTINGS_FD: self._snapshots[generation]}
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            fds = {
-                CONTROL_FD: theirs.fileno(),
-                LISTEN_FD: door.fileno(),
-                SETTINGS_FD: self._snapshots[generation],
-            }
+            fds[CONTROL_FD] = theirs.fileno()
             try:
-                pid = self._processes.spawn(
-                    (*argv, "--generation", str(generation)), env=self._env, fds=fds
-                )
+                pid = self._processes.spawn(argv, env=self._env, fds=fds)
             except OSError:
                 ours.close()
                 raise

@@ -10,6 +10,7 @@ of the connections. So the port is first bound once without it, which fails if a
 there.
 """
 
+import contextlib
 import errno
 import os
 import socket
@@ -39,6 +40,14 @@ _USER_TIMEOUT_MS: Final = 30_000
 _SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
 
 
+_COMMAND_CHARACTERS: Final = 120
+"""Of a foreign command line, in an error message."""
+
+
+class PortTakenError(CommandError):
+    """Somebody else listens there."""
+
+
 @attrs.frozen(kw_only=True)
 class Address:
     """Where to listen, and which settings said so."""
@@ -64,7 +73,8 @@ def open_doors(address: Address, count: int, buffers: Buffers) -> list[socket.so
     Accepted sockets inherit the options: no delay, keepalive, timeouts, buffers.
 
     Raises:
-        CommandError: The port is taken, or may not be bound; the text says by whom, or why.
+        PortTakenError: Somebody else has the port; the text says who.
+        CommandError: The port may not be bound; the text says why.
         SettingsError: The host is not an address of this machine.
     """
     family, resolved = _resolve(address)
@@ -161,7 +171,7 @@ def _furnish(door: socket.socket, buffers: Buffers) -> None:
 
 def _explained(address: Address, error: OSError) -> CommandError | SettingsError:
     if error.errno == errno.EADDRINUSE:
-        return CommandError(
+        return PortTakenError(
             f"{address.port_setting}: port {address.port} is taken by {_holder(address.port)}"
         )
     if error.errno == errno.EADDRNOTAVAIL:
@@ -174,16 +184,21 @@ def _holder(port: int) -> str:
     """Name the process that listens on a port, as far as /proc tells this user."""
     sockets = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            links = {str(fd.readlink()) for fd in (process / "fd").iterdir()}
-            if sockets.isdisjoint(links):
-                continue
+        if sockets.isdisjoint(_open_files(process)):
+            continue
+        with contextlib.suppress(OSError):  # It has just ended.
             words = (process / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue  # It ended meanwhile, or belongs to another user.
-        command = os.fsdecode(b" ".join(words)).strip()
-        return f"pid {process.name} ({command})"
+            # One line, whatever a script given on the command line looks like.
+            command = " ".join(os.fsdecode(b" ".join(words)).split())
+            return f"pid {process.name} ({command[:_COMMAND_CHARACTERS]})"
     return "another process (of another user, or in another container)"
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    with contextlib.suppress(OSError):  # It has ended, or belongs to another user.
+        for fd in (process / "fd").iterdir():
+            with contextlib.suppress(OSError):  # It has closed that one.
+                yield str(fd.readlink())
 
 
 def _listening_inodes(port: int) -> Iterator[str]:

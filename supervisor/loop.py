@@ -26,7 +26,7 @@ import attrs
 from supervisor import events
 from supervisor.children import Children, Commands
 from supervisor.control import ControlServer
-from supervisor.doors import Address, Buffers, open_doors, printable, reachable
+from supervisor.doors import Address, Buffers, PortTakenError, open_doors, printable, reachable
 from supervisor.embedded import Answer, Probe, find_server, server_argv, tethered
 from supervisor.policy import Plan, Policy
 from supervisor.processes import Processes, raise_descriptor_limit, seal_descriptors
@@ -51,6 +51,11 @@ _LEVELS: Final = {
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
+
+_ORPHANS_SECONDS: Final = 3.0
+"""For the children of a killed supervisor to end; they take half of it."""
+
+_ORPHANS_POLL_SECONDS: Final = 0.05
 
 _LAST_WORDS_SECONDS: Final = 1.0
 """For callers to take their last replies."""
@@ -281,7 +286,7 @@ def supervise(
     with contextlib.ExitStack() as at_last, contextlib.ExitStack() as held:
         held.callback(state.acquire().release)
         state.clear_metrics()
-        doors, admin_door = _open_doors(settings)
+        doors, admin_door = _wait_for_doors(settings, state)
         for door in (*doors, admin_door):
             held.enter_context(door)
         processes = Processes()
@@ -324,6 +329,22 @@ def _with_redis(commands: Commands, settings: Settings, state: StateDir) -> Comm
         return commands
     server = server_argv(find_server(os.environ.get("PATH")), state)
     return attrs.evolve(commands, redis=tuple(tethered(server, state)))
+
+
+def _wait_for_doors(
+    settings: Settings, state: StateDir
+) -> tuple[list[socket.socket], socket.socket]:
+    # An orderly end removes the control socket. If it is still there, the last supervisor was
+    # killed, and its children, who have seen that, may need a moment to let go of the ports.
+    killed = state.control_socket.exists()
+    deadline = time.monotonic() + (_ORPHANS_SECONDS if killed else 0.0)
+    while True:
+        try:
+            return _open_doors(settings)
+        except PortTakenError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_ORPHANS_POLL_SECONDS)
 
 
 def _open_doors(settings: Settings) -> tuple[list[socket.socket], socket.socket]:

@@ -34,6 +34,11 @@ class Processes:
         """Start with none; children of an earlier program in this process are strangers."""
         self._alive: set[int] = set()
 
+    @property
+    def alive(self) -> frozenset[int]:
+        """The pids of all of them."""
+        return frozenset(self._alive)
+
     def spawn(
         self,
         argv: Sequence[str],

@@ -27,8 +27,9 @@ _TOLD_SHARE: Final = 0.95
 def finish(life: Life, *, seconds: float, propagation: float, quick: bool) -> Iterator[Action]:
     """Tell one worker or gateway to finish within ``seconds``, unless it hurries already.
 
-    When to kill it is not set here. One that has not started serves nobody, and may not listen to orders yet: it also gets a
-    SIGTERM, which ends it at once, or drains it if it has just begun to handle that.
+    When to kill it is not set here. One that has not started serves nobody, and may not listen to
+    orders yet: it also gets a SIGTERM, which ends it at once, or drains it if it has just begun to
+    handle that.
     """
     if life.hurried:
         return

@@ -62,14 +62,15 @@ def redis_binary() -> Path:
 @functools.cache
 def supports_tls() -> bool:
     """Whether the binary was built with TLS: the bundled ones need not be."""
-    # It refuses the second directive and names the first one it does not know.
+    # With TLS it misses a certificate, without it TLS; either way it ends at once.
     answer = subprocess.run(
-        [redis_binary(), "--tls-port", "0", "--no-such-directive", "1"],
+        [redis_binary(), "--port", "0", "--tls-port", str(free_port()), "--save", ""],
         capture_output=True,
         check=False,
         timeout=START_SECONDS,
+        cwd="/",
     )
-    return b"no-such-directive" in answer.stdout + answer.stderr
+    return b"tls-cert-file" in answer.stdout + answer.stderr
 
 
 def free_port() -> int:
@@ -291,10 +292,18 @@ def make_certificates(directory: Path) -> None:
             serial_number=x509.random_serial_number(),
             not_valid_before=now - dt.timedelta(minutes=1),
             not_valid_after=now + dt.timedelta(hours=1),
-        ).add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-        if not ca:
-            address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-            builder = builder.add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        )
+        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
+        # All of it is looked at since Python 3.13.
+        for extension, critical in (
+            (x509.BasicConstraints(ca=ca, path_length=None), True),
+            (_key_usage(ca=ca), True),
+            (x509.SubjectKeyIdentifier.from_public_key(public), False),
+            (issuer, False),
+            (x509.SubjectAlternativeName([address]), False),
+        ):
+            builder = builder.add_extension(extension, critical=critical)
         return builder.sign(ca_key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -302,6 +311,20 @@ def make_certificates(directory: Path) -> None:
     (directory / "server.pem").write_bytes(certificate(server, key.public_key(), ca=False))
     (directory / "server.key").write_bytes(
         key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+
+
+def _key_usage(*, ca: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not ca,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=ca,
+        crl_sign=ca,
+        encipher_only=False,
+        decipher_only=False,
     )
 
 

@@ -85,12 +85,14 @@ class Running:
         return self.log_path.read_text(errors="replace")
 
     def wait_ready(self, seconds: float = READY_SECONDS) -> dict[str, Any]:
-        """Return the status as soon as it is ready."""
+        """Return the status as soon as everything is ready, the gateway included."""
 
         def ready() -> dict[str, Any] | None:
             assert self.process.poll() is None, self.log
             status = self.status()
-            return status if status is not None and status["ready"] else None
+            if status is None or not (status["ready"] and status["gateway"]["ready"]):
+                return None
+            return status
 
         return eventually(ready, seconds, f"ready\n{self.status()}\n{self.log[-4000:]}")
 

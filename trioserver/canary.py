@@ -105,13 +105,10 @@ class Canary:
                 batch = self._subscription.follow(self.channel)
                 if batch is not None:
                     await batch.wait()
-                elif not self._subscription.up:
+                pause = await self._send_one()
+                # Cut short by a change: then the next one is due now.
+                with trio.move_on_after(pause):
                     await self._changed.wait()
-                else:
-                    pause = await self._send_one()
-                    # Cut short by a change: then the next one is due now.
-                    with trio.move_on_after(pause):
-                        await self._changed.wait()
         finally:
             self._nonce = b""
             self._subscription.release(self.channel)

@@ -18,7 +18,8 @@ import click
 
 from trioserver import __version__
 from trioserver.errors import CommandError, RedisError, SettingsError, TrioserverError
-from trioserver.settings import Loaded, Settings, flag_options, load
+from trioserver.settings import Settings
+from trioserver.settings_load import Loaded, flag_options, load
 from trioserver.statedir import StateDir
 
 EXIT_FAILURE: Final = 1

@@ -8,7 +8,9 @@ import json
 import sys
 
 from trioserver.errors import SettingsError
-from trioserver.settings import Loaded, Setting, all_settings, find, suggest
+from trioserver.setting_fields import Setting
+from trioserver.settings import all_settings, find, suggest
+from trioserver.settings_load import Loaded
 
 _INTRODUCTION = """\
 # Settings

@@ -25,7 +25,7 @@ Replies are as Redis sent them (RESP2): bytes, int, None, and lists of these.
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import ModuleType
 from typing import Any, Final, TypeAlias
 
@@ -335,7 +335,9 @@ class _Lane:
                 finally:
                     self._queue.done()
         finally:
-            await self._connection.disconnect(nowait=True)
+            # Not "nowait": a TLS transport that has not said goodbye would outlive its loop.
+            with suppress(redis.exceptions.RedisError, OSError):
+                await self._connection.disconnect()
 
     async def _carry(self, batch: list[_Request]) -> None:
         """Get ``batch`` answered, one way or the other."""

@@ -41,6 +41,7 @@ from trioserver.listener import Listener
 from trioserver.metrics import Exporter, Tally
 from trioserver.outbox import OutboxLimits
 from trioserver.pump import LINGER_SECONDS, Door, Pump
+from trioserver.rate_limit import RateLimited
 from trioserver.redis_link import open_link
 from trioserver.settings import Settings
 from trioserver.statedir import StateDir
@@ -102,7 +103,7 @@ class Worker:
     def __init__(self, settings: Settings, identity: Identity, sock: socket.socket) -> None:
         self._settings = settings
         self._log = logs.get_logger()
-        self._quiet = logs.RateLimited(interval_seconds=10.0)
+        self._quiet = RateLimited(interval_seconds=10.0)
         self._started_at = time.monotonic()
         self._draining = False
         self._beaten = (False, "")

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from trioserver.control_client import Op, ask
 from trioserver.settings import Settings
 from trioserver.statedir import StateDir
@@ -44,6 +42,25 @@ def eventually(condition: Callable[[], bool], limit: float = LIMIT_SECONDS) -> N
         time.sleep(0.01)
 
 
+def children_of(pid: int) -> list[int]:
+    """Return the living children of a process, and theirs."""
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
+    children = [child for child in map(int, text.split()) if alive(child)]
+    return children + [grandchild for child in children for grandchild in children_of(child)]
+
+
+def alive(pid: int) -> bool:
+    """Say whether a process runs: zombies, which wait for somebody else's PID 1, do not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
+
+
 @contextmanager
 def short_directory() -> Iterator[Path]:
     """Make a directory whose path leaves room for the name of a Unix socket, and remove it."""
@@ -64,6 +81,7 @@ class Server:
         settings: dict[str, object] | None = None,
         timing: dict[str, float] | None = None,
         commands: dict[str, list[str]] | None = None,
+        behaviour: dict[str, str] | None = None,
         pass_fds: tuple[int, ...] = (),
     ) -> None:
         """Start it; it may not be ready yet."""
@@ -95,6 +113,8 @@ class Server:
             "flags": [],
         }
         self.new_settings()
+        for who, how in (behaviour or {}).items():
+            self.behave(who, how)
         self.log_file = directory / f"log-{time.monotonic_ns()}"
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
@@ -167,9 +187,9 @@ class Server:
 
         return condition
 
-    def family(self) -> list[psutil.Process]:
+    def family(self) -> list[int]:
         """Return its children, and theirs."""
-        return psutil.Process(self.pid).children(recursive=True)
+        return children_of(self.pid)
 
     def log(self) -> str:
         """Return its log so far."""
@@ -196,8 +216,5 @@ class Server:
         self.process.wait(LIMIT_SECONDS)
         if self.process.stdout is not None:
             self.process.stdout.close()
-        for process in family:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+        for child in filter(alive, family):
+            os.kill(child, signal.SIGKILL)

@@ -31,7 +31,7 @@ def main() -> int:
             timing=Timing(**given["timing"]),
         )
     except TrioserverError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         return 4 if isinstance(error, SettingsError) else 1
 
 

@@ -14,6 +14,7 @@ gateway, without a slot). It holds one word:
     unready      starts, beats not ready
     brief        starts, beats, and exits with 1 after 50 ms
     stubborn     starts and beats, and ignores orders, end of file and SIGTERM
+    lingering    good, but takes half a second to end
     garbage      says things that nobody understands, then is good
 """
 
@@ -62,7 +63,7 @@ class Child:
     def run(self) -> None:
         """Live as told."""
         if self.behaviour in ("crash", "refuse"):
-            print("the stub refuses to live", file=sys.stderr)
+            sys.stderr.write("the stub refuses to live\n")
             sys.exit(1 if self.behaviour == "crash" else 4)
         if self.behaviour == "garbage":
             self.pair.send(b"\xff\x00")
@@ -100,6 +101,8 @@ class Child:
         if readable:
             packet = self.pair.recv(65536)
             if not packet or json.loads(packet)["type"] == "drain":
+                if self.behaviour == "lingering":
+                    time.sleep(0.5)
                 sys.exit(0)
 
 

@@ -42,6 +42,7 @@ KEYS: dict[str, PrivateKey] = {
 
 
 def encoded(part: object) -> str:
+    """Return one part of a token."""
     raw = part if isinstance(part, bytes) else json.dumps(part).encode()
     return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
@@ -55,14 +56,17 @@ def forged(claims: object, header: object = None, secret: str | bytes = SECRET) 
 
 
 def pem_of(key: PrivateKey) -> bytes:
+    """Return the public half."""
     return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def private_pem_of(key: PrivateKey) -> bytes:
+    """Return the private half."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def with_key(tmp_path: Path, algorithm: str) -> Settings:
+    """Return settings with the public key of an algorithm."""
     path = tmp_path / "key.pem"
     path.write_bytes(pem_of(KEYS[algorithm]))
     return Settings(jwt_public_key_file=path, jwt_algorithms=(algorithm,))
@@ -209,7 +213,7 @@ def test_odd_claims_that_are_right(claims: dict[str, object]) -> None:
         ({"aud": "us", "iss": None}, False),
     ],
 )
-def test_audience_and_issuer_must_be_the_settings(claims: dict[str, object], good: bool) -> None:
+def test_audience_and_issuer_must_be_the_settings(claims: dict[str, object], *, good: bool) -> None:
     """Equal, not contained: a part of a name is another name."""
     verifier = Verifier(attrs.evolve(SETTINGS, jwt_audience="us", jwt_issuer="them"))
     token = forged({**GOOD, **claims})
@@ -269,7 +273,9 @@ def test_keys_that_cannot_be_used_are_settings_errors(tmp_path: Path) -> None:
         Verifier(Settings(jwt_secret_key=None))
 
 
-@given(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=30))
+@given(
+    st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=30)
+)
 def test_signed_tokens_are_accepted(user: str) -> None:
     """What gentoken makes, the server takes, with audience and issuer set or not."""
     for settings in (SETTINGS, attrs.evolve(SETTINGS, jwt_audience="us", jwt_issuer="them")):

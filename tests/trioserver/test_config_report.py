@@ -1,5 +1,4 @@
 """The settings on paper: table, single value, JSON, page."""
-# ruff: noqa: SIM300 - the expected value stands first
 
 import json
 from pathlib import Path
@@ -8,7 +7,8 @@ import pytest
 
 from trioserver import config_report
 from trioserver.errors import SettingsError
-from trioserver.settings import Loaded, all_settings, load
+from trioserver.settings import all_settings
+from trioserver.settings_load import Loaded, load
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ async def test_frames_right_behind_the_head_are_answered_in_order() -> None:
 @pytest.mark.parametrize("cut", [0, 1, 9, 20])
 @pytest.mark.parametrize("named", [True, False])
 async def test_bytes_that_come_before_the_task_has_its_first_turn_keep_their_place(
-    cut: int, named: bool
+    cut: int, *, named: bool
 ) -> None:
     """The pump may be called again before the task starts: the 101 still comes first."""
     async with running(pumping=False) as worker:
@@ -165,7 +165,7 @@ async def test_without_redis_the_first_message_says_unavailable_after_five_secon
 
 
 async def test_a_token_in_the_first_message_is_as_good_as_one_in_the_handshake() -> None:
-    """auth opens what a credential in the handshake opens."""
+    """The message auth opens what a credential in the handshake opens."""
     async with running() as worker:
         client = await worker.nameless()
         await client.send(text({"type": "auth", "token": token("bob")}))
@@ -196,6 +196,7 @@ async def test_before_auth_every_other_message_is_an_error_and_nothing_else() ->
 
 @pytest.mark.parametrize("early", [True, False])
 async def test_messages_right_behind_auth_are_answered_after_the_first_message(
+    *,
     early: bool,
 ) -> None:
     """connection_established comes first for a client that pipelines auth and a message."""
@@ -251,7 +252,7 @@ async def test_of_several_pings_in_one_read_the_latest_is_answered() -> None:
     async with running() as worker:
         client = await worker.join()
         await client.send(b"".join(frame(PING, b"%d" % i) for i in range(100)))
-        payloads = []
+        payloads: list[bytes] = []
         while not payloads or payloads[-1] != b"99":
             opcode, payload = await client.frame()
             assert PONG == opcode
@@ -363,11 +364,12 @@ async def test_an_end_before_the_task_has_started_is_not_lost() -> None:
         assert 1001 == int.from_bytes((await client.frame())[1][:2], "big")
         await client.send(close(1001))
         assert b"" == await client.rest()
+        await client.aclose()
         await worker.settled()
 
 
 async def test_the_first_reason_counts_and_the_hub_forgets_at_once() -> None:
-    """end is idempotent and synchronous: nothing is offered afterwards."""
+    """Ending is idempotent and synchronous: nothing is offered afterwards."""
     async with running() as worker:
         client = await worker.join()
         connection = worker.only()
@@ -398,14 +400,17 @@ async def test_the_topic_is_released_with_the_last_connection_of_a_user() -> Non
 
 
 async def leave_silently(client: Client) -> None:
+    """Close the socket."""
     await client.aclose()
 
 
 async def leave_with_reset(client: Client) -> None:
+    """Close it with RST."""
     client.reset()
 
 
 async def leave_half(client: Client) -> None:
+    """Say that nothing more will come."""
     await client.stream.send_eof()
 
 
@@ -510,6 +515,20 @@ async def test_a_bug_in_the_task_ends_its_connection_with_1011_and_no_other() ->
         for client in (sibling, victim, other):
             await client.aclose()
         await worker.settled()
+
+
+async def test_a_bug_while_ending_does_not_keep_the_connection() -> None:
+    """Whatever end stumbles over, the task ends and gives everything back."""
+
+    def broken(channel: bytes) -> None:
+        raise LookupError(f"a bug, {channel!r}")
+
+    async with running(bugs_expected=True) as worker:
+        client = await worker.join()
+        worker.follower.release = broken  # type: ignore[method-assign]
+        await client.aclose()
+        await worker.settled()
+        assert [LookupError] == [type(bug) for bug in worker.bugs]
 
 
 # Slow clients.
@@ -700,7 +719,6 @@ async def test_a_client_that_never_sends_its_close_is_waited_for_a_bounded_time(
         client = await worker.join()
         worker.only().end(CloseReason.GOING_AWAY)
         started = trio.current_time()
-        while worker.listener.connections:
-            await trio.sleep(0.1)
+        await until(lambda: not worker.listener.connections)
         assert 4.5 <= trio.current_time() - started <= 8.0
         assert ("going_away", 1001) == await client.farewell()

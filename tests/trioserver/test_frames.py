@@ -5,9 +5,9 @@ import itertools
 import struct
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from websockets.frames import Opcode
+from websockets.frames import Frame, Opcode
 from websockets.protocol import OPEN
 from websockets.server import ServerProtocol
 
@@ -119,6 +119,7 @@ CASES: dict[str, tuple[bytes, list[Event], CloseReason | None]] = {
 
 
 def feed(decoder: Decoder, pieces: list[bytes]) -> list[Event]:
+    """Return all events of these pieces."""
     events: list[Event] = []
     for piece in pieces:
         events += decoder.receive(piece)
@@ -290,7 +291,8 @@ def oracle(data: bytes, limit: int) -> tuple[list[Event], int | None]:
 
     Documented differences, which are made up for here: it does not assemble fragments, does not
     check UTF-8 of data frames, tolerates any number of fragments (few here), and applies the
-    message limit to control frames too (above 125 here).
+    message limit to control frames too (above 125 here). It judges some frames only when they
+    are complete, so what follows a fault of ours is filled up with zeros.
     """
     protocol = ServerProtocol(state=OPEN, max_size=limit)
     protocol.receive_data(data)
@@ -298,7 +300,7 @@ def oracle(data: bytes, limit: int) -> tuple[list[Event], int | None]:
     opcode, parts = 0, b""
     utf8 = codecs.getincrementaldecoder("utf-8")()
     for event in protocol.events_received():
-        assert hasattr(event, "opcode")
+        assert isinstance(event, Frame)
         kind, payload = int(event.opcode), bytes(event.data)
         if kind >= Opcode.CLOSE:
             events.append((kind, payload))
@@ -321,19 +323,25 @@ def oracle(data: bytes, limit: int) -> tuple[list[Event], int | None]:
 CODES = {FAULT: 1002, GARBLED: 1007, BIG: 1009, None: None}
 
 
+@settings(max_examples=500)
 @given(nearly_frames)
+@example(b"\x00\x80")
 @example(frame(TEXT, b"a" * 70, fin=False) + frame(0, b"a" * 70))
 @example(close(999))
 def test_the_same_as_the_websockets_protocol(data: bytes) -> None:
     """Events and close code are those of an independent implementation."""
     decoder = Decoder(128)
     ours = decoder.receive(data)
-    theirs, code = oracle(data, 128)
+    failed = decoder.failure not in {None, CLOSED}
+    theirs, code = oracle(data + bytes(150) if failed else data, 128)
     if decoder.failure is CLOSED:
         assert (CLOSE, ours[-1][0]) == (ours[-1][0], theirs[-1][0])
         assert ours == theirs
     else:
-        assert (ours, CODES[decoder.failure]) == (theirs, code)
+        assert ours == theirs
+        # A Close frame may be wrong in both ways; either may be named.
+        either = {CODES[decoder.failure], code}
+        assert 1 == len(either) or either == {1002, 1007}
 
 
 # Unmasking and encoding.

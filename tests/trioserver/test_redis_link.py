@@ -340,6 +340,21 @@ async def test_cuts_and_timeouts_mix_up_no_replies(redis: RedisServer) -> None:
     assert unavailable > 20
 
 
+async def test_a_bug_of_ours_costs_one_batch(
+    link: RedisLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception where none is expected is an answer too, and the next batch is carried."""
+
+    async def stumble(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(redis_link._Lane, "_exchange", stumble)
+        with pytest.raises(RedisUnavailable, match="internal error"):
+            await link.execute("PING")
+    assert await link.execute("PING") == b"PONG"
+
+
 async def test_closing_answers_everybody(redis: RedisServer) -> None:
     """When the link goes, callers elsewhere are told, and its connections are closed."""
     failures: list[str] = []

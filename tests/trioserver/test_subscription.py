@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 
@@ -32,6 +33,7 @@ class Listener:
     """A subscription, and what it said."""
 
     def __init__(self, where: Endpoint, *, linger: float = 0.05, silence: float = 2.7) -> None:
+        self.where = where
         self.heard: list[tuple[bytes, bytes]] = []
         self.changes: list[bool] = []
         self.subscription = Subscription(
@@ -432,6 +434,42 @@ async def test_our_own_absence_is_no_silence_of_redis(redis: RedisServer) -> Non
         assert subscription.statistics().faults == 0
 
 
+async def test_a_slow_delivery_is_no_silence_of_redis(redis: RedisServer) -> None:
+    """While we are busy with a message, nobody blames Redis."""
+
+    async def slowly() -> None:
+        await trio.sleep(0.8)
+
+    subscription = Subscription(unix(redis), lambda *_: slowly(), lambda: None, silence=0.2)
+    listener = Listener(unix(redis))
+    listener.subscription = subscription
+    async with running(listener):
+        await listener.follow(b"a")
+        redis.command("PUBLISH", "a", "x")
+        await wait_until(lambda: subscription.statistics().messages == 1)
+        await trio.sleep(0.9)
+        assert subscription.statistics().faults == 0
+
+
+async def test_a_bug_of_ours_ends_the_link_only(redis: RedisServer) -> None:
+    """An exception where none is expected is logged and cured by a new link."""
+    listener = Listener(unix(redis))
+    calls = 0
+
+    def changed() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise ZeroDivisionError
+
+    listener.subscription = Subscription(unix(redis), listener.deliver, changed)
+    async with running(listener) as subscription:
+        await wait_until(lambda: calls == 3)
+        await listener.follow(b"a")
+        assert subscription.statistics().fault == "internal error"
+        assert subscription.statistics().faults == 1
+
+
 async def test_unsubscribed_behind_our_back(redis: RedisServer) -> None:
     """An unsubscribe that nobody asked for is a fault, and repaired."""
     async with proxied(redis) as (proxy, where):
@@ -570,6 +608,16 @@ async def test_tls(tmp_path: Path) -> None:
         async with running(doubting) as subscription:
             await wait_until(lambda: subscription.statistics().faults >= 1)
             assert "certificate" in subscription.statistics().fault.lower()
+
+        redis.command("CONFIG", "SET", "tls-auth-clients", "yes")
+        known = attrs.evolve(
+            trusting,
+            cert_file=str(tmp_path / "server.pem"),
+            key_file=str(tmp_path / "server.key"),
+        )
+        async with running(Listener(attrs.evolve(listener.where, tls=known))) as subscription:
+            await wait_until(lambda: subscription.up)
+        redis.command("CONFIG", "SET", "tls-auth-clients", "no")
 
         careless = Endpoint(host="127.0.0.1", port=redis.port, tls=Tls(verify=False))
         async with running(Listener(careless)) as subscription:

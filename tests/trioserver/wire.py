@@ -361,7 +361,9 @@ async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 
 def sockets_of(peers: Iterator[Peer]) -> list[socket.socket]:
     """Return the sockets that peers of the pump hold."""
-    return [sock for peer in peers if isinstance(sock := getattr(peer, "_sock", None), socket.socket)]
+    return [
+        sock for peer in peers if isinstance(sock := getattr(peer, "_sock", None), socket.socket)
+    ]
 
 
 @contextlib.asynccontextmanager
@@ -463,11 +465,12 @@ def unread(sock: socket.socket) -> bool:
 class Pair:
     """A connected pair of TCP sockets on loopback with small buffers, both non-blocking."""
 
-    def __init__(self, send_buffer: int = 4096) -> None:
+    def __init__(self, buffer: int = 4096) -> None:
         with socket.create_server(("127.0.0.1", 0)) as door:
-            door.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
             self.client = socket.socket()
-            self.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, send_buffer)
+            for sock in (door, self.client):
+                for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                    sock.setsockopt(socket.SOL_SOCKET, option, buffer)
             self.client.connect(door.getsockname())
             self.server, _ = door.accept()
         self.server.setblocking(False)

@@ -20,7 +20,7 @@ from typing import Final
 
 import trio
 
-from trioserver import logs
+from trioserver import log_sweep, logs
 from trioserver.control_client import ask_status
 from trioserver.endpoint import endpoint
 from trioserver.errors import CommandError, TrioserverError
@@ -178,7 +178,7 @@ class Gateway:
         while True:
             today = dt.datetime.now(dt.UTC).date()
             swept = await trio.to_thread.run_sync(
-                logs.sweep, self._settings.log_dir, today, abandon_on_cancel=True
+                log_sweep.sweep, self._settings.log_dir, today, abandon_on_cancel=True
             )
             if swept.failed:
                 self._log.warning("log files could not be put away", files=swept.failed)

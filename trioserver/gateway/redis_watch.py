@@ -10,7 +10,7 @@ import trio
 
 from trioserver.errors import RedisError
 from trioserver.gateway.app import RedisPing
-from trioserver.logs import redact
+from trioserver.log_redaction import redact
 from trioserver.metrics import Tally
 from trioserver.redis_link import RedisLink
 

@@ -1,0 +1,1 @@
+"""Conformance: the hot path against test suites, other implementations and hostile bytes."""

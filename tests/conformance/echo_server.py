@@ -1,0 +1,252 @@
+"""An echo server made of the product's own parts, for test suites that speak WebSocket.
+
+    python -m tests.conformance.echo_server PORT [--max-message BYTES] [--max-fragments N]
+
+It listens on 127.0.0.1:PORT, path ``/ws`` (port 0: any free one), says ``listening on PORT`` on
+standard output and echoes until SIGTERM or SIGINT. Then it ends its connections as a draining
+worker does and prints a `Summary` as one line of JSON. Exit code 1 means that it had bugs.
+
+What is the product's: listening socket, pump, door, request heads, decoder, outbox, close
+handshake, deadlines, lingering. `Echo` is a `Connection` that has no user and another
+conversation: it replaces what is said (`Connection._process`, `Connection._goodbye`) and inherits
+when and how. A peer composed of the parts would be free of those private names, but it would have
+a close handshake, back-pressure and lingering of its own, and those are what a test suite tests.
+
+Two differences remain, because a test suite wants to see each frame answered: every ping gets
+its pong (the product answers only the latest ping of one read, RFC 6455 5.5.3), in the order of
+the frames; and there is no ``goodbye`` message before the Close frame.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import re
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Final, Self
+
+import attrs
+import trio
+
+from supervisor.doors import Address, Buffers, open_doors
+from trioserver import frames
+from trioserver.auth import Claims, Verifier
+from trioserver.connection import Connection, Pace, Shared
+from trioserver.errors import CloseReason
+from trioserver.hub import Hub
+from trioserver.listener import Listener
+from trioserver.metrics import Tally
+from trioserver.outbox import OutboxLimits
+from trioserver.pump import Door, Pump
+from trioserver.settings import Settings
+
+SHIPPED: Final = Settings()
+
+CALM: Final = Pace(
+    ping_interval=0,
+    pong_wait=0,
+    heartbeat_interval=0,
+    idle_timeout=0,
+    write_wait=SHIPPED.ws_write_wait,
+    auth_timeout=0,
+)
+"""Test suites do not expect pings and heartbeats, and never say who they are."""
+
+LAST_WORDS_SECONDS: Final = 3.0
+"""For farewells and lingering sockets when it is told to end."""
+
+ANSWERS: Final = {frames.TEXT: frames.TEXT, frames.BINARY: frames.BINARY, frames.PING: frames.PONG}
+
+
+@attrs.frozen(kw_only=True)
+class Summary:
+    """What an echo server has to say in the end."""
+
+    connections: int
+    bugs: int
+    closes: dict[str, int]
+    """Label of the `CloseReason` to the number of connections that ended so."""
+    idle_rss: int
+    """Resident bytes before the first connection."""
+    peak_rss: int
+    """Resident bytes at most."""
+
+    def line(self) -> str:
+        """Return it as one line of JSON."""
+        return json.dumps(attrs.asdict(self))
+
+    @classmethod
+    def parse(cls, line: str) -> Self:
+        """Return what `line` made a line of."""
+        return cls(**json.loads(line))
+
+
+class Echo(Connection):
+    """A connection that sends back what it gets."""
+
+    __slots__ = ()
+
+    def __init__(
+        self, shared: Shared, sock: socket.socket, greeting: bytes, early: bytes, max_fragments: int
+    ) -> None:
+        super().__init__(shared, sock, "echo", greeting, None, early)
+        # The product has no setting for fragments. An extension that the handshake has
+        # negotiated belongs here too.
+        self._decoder = frames.Decoder(shared.max_message, max_fragments)
+
+    def _process(self, events: list[frames.Event], now: float) -> CloseReason | None:  # noqa: ARG002
+        replies: list[bytes] = []
+        for opcode, payload in events:
+            if opcode == frames.CLOSE:
+                self._peer_code = payload[:2]
+            elif opcode in ANSWERS:
+                replies.append(frames.encode(ANSWERS[opcode], payload))
+                if opcode != frames.PING:
+                    self._message_since = None
+        if replies:
+            self._outbox.offer(b"".join(replies))
+        return None
+
+    def _goodbye(self, reason: CloseReason, reconnect_in_ms: int | None) -> bytes:  # noqa: ARG002
+        return frames.encode_close(reason.code, reason.text)
+
+
+@attrs.define(eq=False, kw_only=True)
+class EchoListener(Listener):
+    """Admits everybody to an `Echo`."""
+
+    max_fragments: int
+
+    def start(
+        self,
+        sock: socket.socket,
+        greeting: bytes,
+        claims: Claims | None,  # noqa: ARG002 - whoever it is
+        early: bytes,
+    ) -> Connection:
+        """Turn a socket into an echo with a task of its own."""
+        nursery = self._nursery
+        assert nursery is not None
+        connection = Echo(self.shared, sock, greeting, early, self.max_fragments)
+        self.connections.add(connection)
+        nursery.start_soon(self._live, connection)
+        return connection
+
+
+class Nobody:
+    """A `Follower` that is never asked: echoes have no user."""
+
+    def follow(self, channel: bytes) -> None:
+        """Confirm at once."""
+
+    def release(self, channel: bytes) -> None:
+        """Do nothing."""
+
+
+class EchoServer:
+    """The echoes of one process.
+
+    Args:
+        max_message: Bytes of payload a message may have; 0 means no limit.
+        max_fragments: Frames a message may consist of.
+    """
+
+    def __init__(self, max_message: int, max_fragments: int) -> None:
+        self.bugs: list[BaseException] = []
+        self.tally = Tally()
+        self.pump = Pump(self._bug)
+        shared = Shared(
+            pump=self.pump,
+            hub=Hub(),
+            follower=Nobody(),
+            verifier=Verifier(attrs.evolve(SHIPPED, jwt_secret_key="x" * 32)),
+            tally=self.tally,
+            pace=CALM,
+            outbox_limits=OutboxLimits(
+                max_bytes=SHIPPED.outbox_max_bytes, max_frames=SHIPPED.outbox_max_frames
+            ),
+            max_message=max_message,
+            user_topic=str.encode,
+            broadcast_topic=b"",
+            wall=time.time,
+            log_bug=lambda _doing, bug: self._bug(bug),
+            log_end=lambda _connection, _reason: None,
+        )
+        self.listener = EchoListener(
+            shared=shared,
+            worker_id="echo",
+            max_connections=0,
+            handshake_timeout=SHIPPED.handshake_timeout,
+            query_token=False,
+            pages={},
+            max_fragments=max_fragments,
+        )
+
+    async def run(self, sock: socket.socket) -> Summary:
+        """Serve ``sock`` until SIGTERM or SIGINT; return what has happened."""
+        idle = resident("VmRSS")
+        door = Door(self.pump, sock, self.listener.admit, self._bug)
+        async with trio.open_nursery() as machinery:
+            machinery.start_soon(self.pump.run)
+            machinery.start_soon(self.pump.run_timers)
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                async with trio.open_nursery(strict_exception_groups=True) as connections:
+                    self.listener.open(connections)
+                    door.unlock()
+                    print(f"listening on {sock.getsockname()[1]}", flush=True)  # noqa: T201
+                    await anext(signals)
+                    door.lock()
+                    for connection in tuple(self.listener.connections):
+                        connection.end(CloseReason.GOING_AWAY)
+                    connections.cancel_scope.deadline = trio.current_time() + LAST_WORDS_SECONDS
+            with trio.move_on_after(LAST_WORDS_SECONDS):
+                await self.pump.wait_empty()
+            machinery.cancel_scope.cancel()
+        closes = {label: count for label, count in self.tally.closes.items() if count}
+        return Summary(
+            connections=self.tally.opened,
+            bugs=len(self.bugs),
+            closes=closes,
+            idle_rss=idle,
+            peak_rss=resident("VmHWM"),
+        )
+
+    def _bug(self, bug: BaseException) -> None:
+        self.bugs.append(bug)
+        traceback.print_exception(bug)
+
+
+def resident(field: str) -> int:
+    """Return ``VmRSS`` (now) or ``VmHWM`` (at most) of this process, in bytes."""
+    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) << 10
+
+
+def main() -> int:
+    """Run the server; return its exit code."""
+    parser = argparse.ArgumentParser(prog="tests.conformance.echo_server", description=__doc__)
+    parser.add_argument("port", type=int)
+    parser.add_argument("--max-message", type=int, default=SHIPPED.ws_max_message_size)
+    parser.add_argument("--max-fragments", type=int, default=frames.MAX_FRAGMENTS)
+    arguments = parser.parse_args()
+    address = Address(
+        host="127.0.0.1", port=arguments.port, host_setting="HOST", port_setting="PORT"
+    )
+    buffers = Buffers(receive=SHIPPED.ws_read_buffer_size, send=SHIPPED.ws_write_buffer_size)
+    (door,) = open_doors(address, 1, buffers)
+    server = EchoServer(arguments.max_message, arguments.max_fragments)
+    with contextlib.closing(door):
+        summary = trio.run(server.run, door)
+    print(summary.line())  # noqa: T201
+    return 1 if summary.bugs else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What is wrong or useless about settings that are good one by one.
+
+Ports that collide, keys that do not fit their algorithms, paths that are no directories: what
+concerns several settings, or the machine.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from trioserver.setting_kinds import DURATION, HMAC_KEY_BYTES, quoted
+from trioserver.settings import Settings, all_settings
+
+
+def conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:
+    """Find what concerns several settings, or the world: name, problem, a better value."""
+    yield from _port_conflicts(settings)
+    yield from _token_conflicts(settings)
+    if settings.drain_propagation >= settings.drain_seconds:
+        whole = DURATION.show(settings.drain_seconds)
+        part = DURATION.show(settings.drain_propagation)
+        problem = f"{part} is not shorter than DRAIN_SECONDS ({whole})"
+        yield "drain_propagation", problem, "0"
+    yield from _channel_conflicts(settings)
+    for directory in ("data_dir", "log_dir"):
+        path = getattr(settings, directory)
+        # os.path, because Path.exists() raises where a parent may not be searched.
+        if path is not None and os.path.exists(path) and not os.path.isdir(path):  # noqa: PTH110, PTH112
+            yield directory, f"{quoted(str(path))} is not a directory", None
+
+
+def without_effect(settings: Settings, given: Mapping[str, str]) -> Iterator[str]:
+    """Find what was said on purpose and changes nothing: one line each.
+
+    Args:
+        settings: What is in force.
+        given: The sources of what was not left to defaults, by attribute name.
+    """
+    apart = ("redis_port", "redis_password", "redis_db", "redis_use_tls")
+    idle: dict[str, str] = {}
+    if settings.redis_url is not None:
+        idle = dict.fromkeys(("redis_host", *apart), "REDIS_URL is set")
+    elif settings.redis_host is None:
+        idle = dict.fromkeys(apart, "neither REDIS_URL nor REDIS_HOST is set")
+    if settings.jwt_algorithms[0] in HMAC_KEY_BYTES:
+        idle |= {"jwt_public_key_file": "JWT_ALGORITHMS uses a shared secret"}
+    else:
+        idle |= {"jwt_secret_key": "JWT_ALGORITHMS uses a public key"}
+    for name, reason in idle.items():
+        if name in given:
+            yield f"{name.upper()} ({given[name]}): has no effect, because {reason}"
+
+
+def _port_conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:
+    port = settings.admin_port
+    hosts = {settings.ws_host, settings.admin_host}
+    if settings.ws_port == port != 0 and (len(hosts) == 1 or hosts & {"0.0.0.0", "::"}):
+        yield "admin_port", f"{port} is also WS_PORT", str(port % 65_535 + 1)
+
+
+def _channel_conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:
+    before, _, after = settings.user_channel.partition("{user}")
+    everyone = settings.broadcast_channel
+    long_enough = len(everyone) > len(before + after)
+    if long_enough and everyone.startswith(before) and everyone.endswith(after):
+        # Else a message to the user with that name would reach everyone.
+        changed = settings.user_channel != all_settings()["user_channel"].default
+        name = "user_channel" if changed else "broadcast_channel"
+        yield name, f"BROADCAST_CHANNEL {quoted(everyone)} would belong to a user", None
+
+
+def _token_conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:
+    algorithms = ",".join(settings.jwt_algorithms)
+    least = max(HMAC_KEY_BYTES.get(name, 0) for name in settings.jwt_algorithms)
+    if least and settings.jwt_secret_key is not None:
+        length = len(settings.jwt_secret_key.encode())
+        if length < least:
+            problem = f"{length} bytes are too few: {algorithms} needs at least {least}"
+            yield "jwt_secret_key", problem, None
+    if not least and settings.jwt_public_key_file is None:
+        yield "jwt_public_key_file", f"is not set, but JWT_ALGORITHMS={algorithms} needs it", None
+    if settings.jwt_public_key_file is not None:
+        problem = _public_key_problem(settings.jwt_public_key_file)
+        if problem:
+            yield (
+                "jwt_public_key_file",
+                f"{quoted(str(settings.jwt_public_key_file))} {problem}",
+                None,
+            )
+
+
+def _public_key_problem(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if b"PRIVATE KEY-----" in content:
+        return "holds a private key; tokens are checked with the public one"
+    return "" if b"PUBLIC KEY-----" in content else "is not a PEM file with a public key"
