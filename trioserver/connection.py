@@ -51,6 +51,11 @@ MESSAGE_SECONDS: Final = 10.0
 FOLLOW_SECONDS: Final = 5.0
 """How long ``connection_established`` waits for Redis before it says ``unavailable``."""
 
+GREETING_SECONDS: Final = 0.05
+"""How long the 101 answer waits for Redis, so that both usually leave in one write: a client that
+is connected wants ``connection_established`` anyway, and a write is the dearest part of a
+handshake after the token."""
+
 CLOSE_SECONDS: Final = 5.0
 """Time for the farewell to go out and the client's Close frame to come back."""
 
@@ -260,19 +265,24 @@ class Connection:
         unavailable = None
         self._receive_early()
         if pending is not None:
-            # The client need not wait for Redis to know that it is connected.
-            if not outbox.send_past_cork(self._take_greeting()):
-                self.end(CloseReason.PEER_LOST)
-            with trio.move_on_after(FOLLOW_SECONDS) as scope:
+            with trio.move_on_after(GREETING_SECONDS) as scope:
                 await pending.wait()
             if scope.cancelled_caught:
-                unavailable = "unavailable"
+                unavailable = await self._follow_slowly(pending)
         if self.reason is None:
             outbox.uncork(
                 self._take_greeting() + frames.encode_text(self._established(unavailable))
             )
             if outbox.empty:
                 self._watch(READ)
+
+    async def _follow_slowly(self, pending: Pending) -> str | None:
+        """Answer the handshake, then wait for Redis; return why not, if it does not come."""
+        if not self._outbox.send_past_cork(self._take_greeting()):
+            self.end(CloseReason.PEER_LOST)
+        with trio.move_on_after(FOLLOW_SECONDS) as scope:
+            await pending.wait()
+        return "unavailable" if scope.cancelled_caught else None
 
     def _take_greeting(self) -> bytes:
         """Return the 101 answer if it has not been sent, else nothing."""

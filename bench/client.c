@@ -1,0 +1,711 @@
+/* The client of the load generator: thousands of WebSocket connections and one publisher.
+ *
+ * It is as cheap as it can be, so that the server is what gets measured: one thread, one epoll,
+ * one recv per readiness, no allocation per message, and it looks at no more of a message than its
+ * type and its number. What it says and what it understands is described in client.py; the same
+ * client in Python, for machines without a compiler, is slow_client.py.
+ *
+ *     client PORT REDIS_PORT TOKENS_FILE
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/timerfd.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef IP_BIND_ADDRESS_NO_PORT
+#define IP_BIND_ADDRESS_NO_PORT 24
+#endif
+
+enum {
+    EVENTS = 512,
+    READ_BYTES = 256 << 10,
+    LARGEST_FRAME = 128 << 10,
+    LARGEST_BODY = 60000,
+    LARGEST_WINDOW = 1024,
+    ADDRESSES = 8, /* One client address has 28,000 ports towards one server. */
+};
+
+static const int64_t SECOND = 1000000000;
+static const int64_t STALL = 10 * SECOND; /* Without progress for so long, the rest is lost. */
+
+/* The pair of RFC 6455, 1.3. */
+static const char KEY[] = "dGhlIHNhbXBsZSBub25jZQ==";
+static const char ACCEPT[] = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
+static const uint8_t MASK[4] = {0x37, 0xfa, 0x21, 0x3d};
+
+struct peer {
+    int fd;         /* -1 once it is gone */
+    uint32_t place; /* its number, and its user's: u0, u1, ... */
+    bool upgraded;
+    uint8_t *rest; /* the beginning of a frame whose end has not come yet */
+    size_t rest_size;
+    int64_t answered; /* by the end of the last phase */
+    int64_t newest;   /* highest index of this phase, -1 before the first */
+};
+
+enum kind { NOTHING, FANOUT, UNICAST, ECHO };
+
+/* A phase is one command's worth of messages. Each has an index for each peer that is to get it;
+ * a bit per peer and index tells what has come, so that the counts are exact. */
+static struct {
+    enum kind kind;
+    int64_t first;    /* number of its first message; numbers go on from phase to phase */
+    int64_t messages; /* how many numbers it has */
+    int64_t each;     /* indices per peer */
+    int64_t expected, received;
+    uint64_t *seen;
+    int64_t start, interval; /* message k of an open loop is due at start + k * interval */
+    int64_t *latency;        /* of each message of an open loop, -1 until it has come */
+} phase;
+
+/* Since the last reply. */
+static struct {
+    int64_t lost, doubled, reordered, failed, greeted, pings, heartbeats;
+    char trouble[200];
+} tally;
+
+static struct peer *peers;
+static uint32_t peer_count, peer_limit;
+static int64_t alive, upgraded, departed;
+static char **tokens;
+static int epoll_fd, timer_fd, redis_fd;
+static uint16_t port;
+static uint8_t buffer[READ_BYTES + LARGEST_FRAME];
+
+static int64_t clock_ns(clockid_t clock)
+{
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return now.tv_sec * SECOND + now.tv_nsec;
+}
+
+static int64_t now_ns(void) { return clock_ns(CLOCK_MONOTONIC); }
+
+static void die(const char *what)
+{
+    fprintf(stderr, "client: %s: %s\n", what, strerror(errno));
+    exit(1);
+}
+
+static void *allocate(size_t count, size_t size)
+{
+    void *memory = calloc(count ? count : 1, size);
+    if (!memory)
+        die("memory");
+    return memory;
+}
+
+/* Count one failure; the first one's words are kept for the reply. */
+static void failed(const struct peer *peer, const char *what, const uint8_t *bytes, size_t size)
+{
+    tally.failed++;
+    if (*tally.trouble)
+        return;
+    if (size > 100)
+        size = 100;
+    snprintf(tally.trouble, sizeof tally.trouble, "connection %d: %s %.*s",
+             peer ? (int)peer->place : -1, what, (int)size, bytes ? (const char *)bytes : "");
+    for (char *at = tally.trouble; *at; at++)
+        if (*at < ' ' || *at > '~' || *at == '"' || *at == '\\')
+            *at = '\''; /* It becomes a string in JSON. */
+}
+
+static void gone(struct peer *peer, const char *why, const uint8_t *bytes, size_t size)
+{
+    failed(peer, why, bytes, size);
+    alive--;
+    departed++;
+    close(peer->fd);
+    peer->fd = -1;
+    free(peer->rest);
+    peer->rest = NULL;
+    peer->rest_size = 0;
+}
+
+/* Sending */
+
+static bool send_frame(struct peer *peer, uint8_t opcode, const void *payload, size_t size)
+{
+    uint8_t frame[6 + 125];
+    frame[0] = 0x80 | opcode;
+    frame[1] = 0x80 | (uint8_t)size;
+    memcpy(frame + 2, MASK, 4);
+    for (size_t i = 0; i < size; i++)
+        frame[6 + i] = ((const uint8_t *)payload)[i] ^ MASK[i & 3];
+    if (send(peer->fd, frame, 6 + size, MSG_NOSIGNAL) == (ssize_t)(6 + size))
+        return true;
+    gone(peer, "cannot send", NULL, 0);
+    return false;
+}
+
+static void send_echo(struct peer *peer, int64_t index)
+{
+    char text[100];
+    int size = snprintf(text, sizeof text, "{\"type\":\"message\",\"payload\":{\"n\":%" PRId64 "}}",
+                        peer->answered + index + 1);
+    send_frame(peer, 1, text, (size_t)size);
+}
+
+static void send_redis(const char *bytes, size_t size)
+{
+    while (size) {
+        ssize_t sent = send(redis_fd, bytes, size, MSG_NOSIGNAL);
+        if (sent < 0)
+            die("Redis");
+        bytes += sent;
+        size -= (size_t)sent;
+    }
+}
+
+/* Write one PUBLISH of message `number` into `at`; a JSON of exactly `size` bytes, if it fits. */
+static size_t publication(char *at, int64_t user, int64_t number, size_t size)
+{
+    char channel[40];
+    char body[LARGEST_BODY + 100];
+    int head = snprintf(body, sizeof body,
+                        "{\"type\":\"notification\",\"payload\":{\"n\":%" PRId64 ",\"pad\":\"",
+                        number);
+    size_t length = (size_t)head;
+    while (length + 3 < size)
+        body[length++] = 'x';
+    memcpy(body + length, "\"}}", 4);
+    length += 3;
+    if (user < 0)
+        strcpy(channel, "channels:broadcast");
+    else
+        snprintf(channel, sizeof channel, "user_noti:u%" PRId64, user);
+    return (size_t)sprintf(at, "*3\r\n$7\r\nPUBLISH\r\n$%zu\r\n%s\r\n$%zu\r\n%s\r\n",
+                           strlen(channel), channel, length, body);
+}
+
+/* Receiving */
+
+/* Account for index `index` of the phase at `peer`; whether it is new. */
+static bool record(struct peer *peer, int64_t index)
+{
+    int64_t bit = (int64_t)peer->place * phase.each + index;
+    uint64_t flag = (uint64_t)1 << (bit & 63);
+    if (phase.seen[bit >> 6] & flag) {
+        tally.doubled++;
+        return false;
+    }
+    phase.seen[bit >> 6] |= flag;
+    phase.received++;
+    if (index < peer->newest)
+        tally.reordered++;
+    else
+        peer->newest = index;
+    return true;
+}
+
+/* Return the number behind `name` in `text`, -1 if it is not there. */
+static int64_t number_after(const uint8_t *text, size_t size, const char *name)
+{
+    const uint8_t *at = memmem(text, size, name, strlen(name));
+    if (!at)
+        return -1;
+    int64_t number = 0;
+    at += strlen(name);
+    if (at >= text + size || *at < '0' || *at > '9')
+        return -1;
+    while (at < text + size && *at >= '0' && *at <= '9')
+        number = number * 10 + (*at++ - '0');
+    return number;
+}
+
+static void take_notification(struct peer *peer, const uint8_t *text, size_t size)
+{
+    int64_t place = number_after(text, size, "\"n\":") - phase.first;
+    if (place < -phase.first || place >= phase.messages) {
+        failed(peer, "never published:", text, size);
+    } else if (place < 0) {
+        tally.doubled++; /* Of an earlier phase. */
+    } else if (phase.kind == FANOUT) {
+        record(peer, place);
+    } else if (place % peer_count != peer->place) {
+        failed(peer, "not for this user:", text, size);
+    } else if (record(peer, place / peer_count) && phase.latency) {
+        phase.latency[place] = now_ns() - (phase.start + place * phase.interval);
+    }
+}
+
+static void take_answer(struct peer *peer, const uint8_t *text, size_t size)
+{
+    int64_t count = number_after(text, size, "\"count\":");
+    int64_t echoed = number_after(text, size, "\"n\":");
+    int64_t index = count - 1 - peer->answered;
+    if (count < 1 || (echoed >= 0 && echoed != count) || index >= phase.each ||
+        (phase.kind != ECHO && index >= 0))
+        failed(peer, "never asked for:", text, size);
+    else if (index < 0)
+        tally.doubled++;
+    else if (record(peer, index) && index + 1 < phase.each)
+        send_echo(peer, index + 1);
+}
+
+#define STARTS(text, size, words) ((size) >= sizeof(words) - 1 && !memcmp(text, words, sizeof(words) - 1))
+
+static void take_text(struct peer *peer, const uint8_t *text, size_t size)
+{
+    if (STARTS(text, size, "{\"type\":\"notification\""))
+        take_notification(peer, text, size);
+    else if (STARTS(text, size, "{\"type\":\"message_response\""))
+        take_answer(peer, text, size);
+    else if (STARTS(text, size, "{\"type\":\"connection_established\""))
+        tally.greeted++;
+    else if (STARTS(text, size, "{\"type\":\"heartbeat\""))
+        tally.heartbeats++;
+    else
+        failed(peer, "not expected:", text, size);
+}
+
+/* Process the frame at the beginning of `data`; return its length, 0 if it is not complete. */
+static size_t take_frame(struct peer *peer, const uint8_t *data, size_t size)
+{
+    size_t head = 2, length;
+    if (size < head)
+        return 0;
+    length = data[1];
+    if (length == 126)
+        head = 4;
+    else if (length >= 127)
+        head = 10;
+    if (size < head)
+        return 0;
+    if (head > 2) {
+        length = 0;
+        for (size_t i = 2; i < head; i++)
+            length = length << 8 | data[i];
+    }
+    if (length > LARGEST_FRAME - 10) {
+        gone(peer, "no frame of ours", NULL, 0);
+        return 0;
+    }
+    if (size < head + length)
+        return 0;
+    if (data[0] == 0x81) {
+        take_text(peer, data + head, length);
+    } else if (data[0] == 0x89) {
+        tally.pings++;
+        send_frame(peer, 10, data + head, length);
+    } else {
+        gone(peer, data[0] == 0x88 ? "closed by the server" : "no frame of ours",
+             data + head + (length > 2 ? 2 : length), length > 2 ? length - 2 : 0);
+    }
+    return head + length;
+}
+
+/* Return the length of the answer to the handshake, 0 if it is not complete. */
+static size_t take_head(struct peer *peer, const uint8_t *data, size_t size)
+{
+    const uint8_t *end = memmem(data, size, "\r\n\r\n", 4);
+    if (!end)
+        return 0;
+    size_t length = (size_t)(end - data) + 4;
+    if (!STARTS(data, size, "HTTP/1.1 101 ") || !memmem(data, length, ACCEPT, strlen(ACCEPT))) {
+        gone(peer, "refused:", data, length);
+        return length;
+    }
+    peer->upgraded = true;
+    upgraded++;
+    return length;
+}
+
+static void keep_rest(struct peer *peer, const uint8_t *data, size_t size)
+{
+    uint8_t *kept = NULL;
+    if (size) {
+        kept = allocate(size, 1);
+        memcpy(kept, data, size);
+    }
+    free(peer->rest);
+    peer->rest = kept;
+    peer->rest_size = size;
+}
+
+static void readable(struct peer *peer)
+{
+    size_t size = peer->rest_size, taken = 0, step;
+    if (size)
+        memcpy(buffer, peer->rest, size);
+    ssize_t got = recv(peer->fd, buffer + size, READ_BYTES, 0);
+    if (got <= 0) {
+        if (got < 0 && (errno == EAGAIN || errno == EINTR))
+            return;
+        gone(peer, "connection lost", NULL, 0);
+        return;
+    }
+    size += (size_t)got;
+    do {
+        const uint8_t *data = buffer + taken;
+        step = peer->upgraded ? take_frame(peer, data, size - taken)
+                              : take_head(peer, data, size - taken);
+        taken += step;
+    } while (step && peer->fd >= 0);
+    if (peer->fd < 0)
+        return;
+    if (size - taken > LARGEST_FRAME)
+        gone(peer, "no frame of ours", NULL, 0);
+    else if (peer->rest_size || taken < size)
+        keep_rest(peer, buffer + taken, size - taken);
+}
+
+/* Process what has come; wait for it for at most `milliseconds`. */
+static void turn(int milliseconds)
+{
+    struct epoll_event events[EVENTS];
+    int count = epoll_wait(epoll_fd, events, EVENTS, milliseconds);
+    for (int i = 0; i < count; i++) {
+        struct peer *peer = events[i].data.ptr;
+        uint64_t expirations;
+        if (peer) {
+            if (peer->fd >= 0)
+                readable(peer);
+        } else if (read(timer_fd, &expirations, sizeof expirations) < 0 && errno != EAGAIN) {
+            die("timer");
+        }
+    }
+}
+
+/* Turn until `*progress` has reached `goal`; false if nothing moves any more. */
+static bool reach(const int64_t *progress, int64_t goal)
+{
+    int64_t seen = *progress, deadline = now_ns() + STALL;
+    while (*progress < goal) {
+        turn(100);
+        if (*progress != seen) {
+            seen = *progress;
+            deadline = now_ns() + STALL;
+        } else if (now_ns() > deadline) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Commands */
+
+static void reply(int64_t units, int64_t wall, int64_t cpu)
+{
+    printf("{\"units\":%" PRId64 ",\"wall_ns\":%" PRId64 ",\"cpu_ns\":%" PRId64
+           ",\"lost\":%" PRId64 ",\"doubled\":%" PRId64 ",\"reordered\":%" PRId64
+           ",\"failed\":%" PRId64 ",\"greeted\":%" PRId64 ",\"pings\":%" PRId64
+           ",\"heartbeats\":%" PRId64 ",\"trouble\":\"%s\"}\n",
+           units, now_ns() - wall, clock_ns(CLOCK_PROCESS_CPUTIME_ID) - cpu, tally.lost,
+           tally.doubled, tally.reordered, tally.failed, tally.greeted, tally.pings,
+           tally.heartbeats, tally.trouble);
+    fflush(stdout);
+    memset(&tally, 0, sizeof tally);
+}
+
+static void begin(enum kind kind, int64_t messages, int64_t each, int64_t expected)
+{
+    phase.kind = kind;
+    phase.messages = messages;
+    phase.each = each;
+    phase.expected = expected;
+    phase.received = 0;
+    phase.seen = allocate((size_t)(peer_count * each + 63) / 64, sizeof *phase.seen);
+    for (uint32_t i = 0; i < peer_count; i++)
+        peers[i].newest = -1;
+}
+
+static void end(void)
+{
+    tally.lost += phase.expected - phase.received;
+    for (uint32_t i = 0; phase.kind == ECHO && i < peer_count; i++)
+        peers[i].answered += phase.each;
+    phase.first += phase.messages;
+    phase.kind = NOTHING;
+    phase.messages = phase.each = 0;
+    free(phase.seen);
+    phase.seen = NULL;
+}
+
+static void connect_peer(void)
+{
+    struct peer *peer = &peers[peer_count];
+    struct sockaddr_in from = {.sin_family = AF_INET}, to = {.sin_family = AF_INET};
+    struct linger abort_at_close = {.l_onoff = 1, .l_linger = 0};
+    struct timeval patience = {.tv_sec = 5};
+    int on = 1;
+    char request[4096];
+    peer->place = peer_count++;
+    alive++;
+    peer->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (peer->fd < 0)
+        die("socket");
+    from.sin_addr.s_addr = htonl(INADDR_LOOPBACK + peer->place % ADDRESSES);
+    to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    to.sin_port = htons(port);
+    setsockopt(peer->fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on);
+    setsockopt(peer->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    setsockopt(peer->fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
+    /* No TIME_WAIT: the next run needs the ports. */
+    setsockopt(peer->fd, SOL_SOCKET, SO_LINGER, &abort_at_close, sizeof abort_at_close);
+    int size = snprintf(request, sizeof request,
+                        "GET /ws?token=%s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUpgrade: websocket\r\n"
+                        "Connection: Upgrade\r\nSec-WebSocket-Key: %s\r\n"
+                        "Sec-WebSocket-Version: 13\r\n\r\n",
+                        tokens[peer->place], port, KEY);
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = peer};
+    /* On the loopback connect returns at once, as long as the queue of the listener has room. */
+    if (bind(peer->fd, (struct sockaddr *)&from, sizeof from) ||
+        connect(peer->fd, (struct sockaddr *)&to, sizeof to) ||
+        send(peer->fd, request, (size_t)size, MSG_NOSIGNAL) != size ||
+        fcntl(peer->fd, F_SETFL, O_NONBLOCK) ||
+        epoll_ctl(epoll_fd, EPOLL_CTL_ADD, peer->fd, &event))
+        gone(peer, "cannot connect", NULL, 0);
+}
+
+static void open_peers(int64_t count, int64_t concurrency, int64_t greets)
+{
+    int64_t wall = now_ns(), cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
+    int64_t opened = 0, settled = 0, started = 0, deadline = wall + STALL;
+    const int64_t upgraded_before = upgraded, departed_before = departed;
+    if (peer_count + count > peer_limit)
+        count = peer_limit - peer_count;
+    while (settled < count && now_ns() < deadline) {
+        for (; started < count && started - settled < concurrency; started++)
+            connect_peer();
+        turn(100);
+        if (settled != (upgraded - upgraded_before) + (departed - departed_before)) {
+            settled = (upgraded - upgraded_before) + (departed - departed_before);
+            deadline = now_ns() + STALL;
+        }
+    }
+    opened = upgraded - upgraded_before;
+    tally.failed += settled < count ? count - settled : 0;
+    if (greets && !reach(&tally.greeted, opened))
+        tally.lost += opened - tally.greeted;
+    reply(opened, wall, cpu);
+}
+
+static void fanout(int64_t messages, int64_t size)
+{
+    static char out[LARGEST_BODY + 500];
+    int64_t wall = now_ns(), cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
+    int64_t receivers = alive;
+    begin(FANOUT, messages, messages, messages * receivers);
+    for (int64_t i = 0; i < messages; i++) {
+        send_redis(out, publication(out, -1, phase.first + i, (size_t)size));
+        if (!reach(&phase.received, (i + 1) * receivers))
+            break;
+    }
+    end();
+    reply(phase.received, wall, cpu);
+}
+
+static void unicast(int64_t messages, int64_t size, int64_t window)
+{
+    int64_t wall = now_ns(), cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
+    char *out = allocate((size_t)window, (size_t)size + 500);
+    begin(UNICAST, messages, (messages + peer_count - 1) / peer_count, messages);
+    for (int64_t sent = 0; sent < messages;) {
+        size_t filled = 0;
+        int64_t stop = sent + window < messages ? sent + window : messages;
+        for (; sent < stop; sent++)
+            filled += publication(out + filled, sent % peer_count, phase.first + sent,
+                                  (size_t)size);
+        send_redis(out, filled);
+        if (!reach(&phase.received, sent))
+            break;
+    }
+    end();
+    free(out);
+    reply(phase.received, wall, cpu);
+}
+
+static void echo(int64_t each)
+{
+    int64_t wall = now_ns(), cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
+    begin(ECHO, 0, each, each * alive);
+    for (uint32_t i = 0; each && i < peer_count; i++)
+        if (peers[i].fd >= 0)
+            send_echo(&peers[i], 0);
+    reach(&phase.received, phase.expected);
+    end();
+    reply(phase.received, wall, cpu);
+}
+
+static void wake_at(int64_t moment)
+{
+    struct itimerspec timer = {.it_value = {moment / SECOND, moment % SECOND}};
+    if (timerfd_settime(timer_fd, TFD_TIMER_ABSTIME, &timer, NULL))
+        die("timer");
+}
+
+/* Write for each message, in order: how late it was published, and its latency (-1 if lost). */
+static void write_times(const char *path, const int64_t *late, int64_t messages)
+{
+    FILE *file = fopen(path, "wb");
+    if (!file)
+        die(path);
+    for (int64_t i = 0; i < messages; i++) {
+        fwrite(&late[i], sizeof *late, 1, file);
+        fwrite(&phase.latency[i], sizeof *phase.latency, 1, file);
+    }
+    if (fclose(file))
+        die(path);
+}
+
+static void latency(int64_t messages, int64_t rate, int64_t size, const char *path)
+{
+    int64_t wall = now_ns(), cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
+    char *out = allocate(LARGEST_WINDOW, (size_t)size + 500);
+    int64_t *late = allocate((size_t)messages, sizeof *late);
+    int64_t sent = 0, seen = -1, deadline = 0;
+    phase.latency = allocate((size_t)messages, sizeof *phase.latency);
+    for (int64_t i = 0; i < messages; i++)
+        late[i] = phase.latency[i] = -1;
+    phase.interval = SECOND / rate;
+    phase.start = now_ns() + SECOND / 1000;
+    begin(UNICAST, messages, (messages + peer_count - 1) / peer_count, messages);
+    while (phase.received < messages) {
+        int64_t now = now_ns();
+        size_t filled = 0;
+        int64_t stop = sent + LARGEST_WINDOW < messages ? sent + LARGEST_WINDOW : messages;
+        for (; sent < stop && phase.start + sent * phase.interval <= now; sent++) {
+            late[sent] = now - (phase.start + sent * phase.interval);
+            filled += publication(out + filled, sent % peer_count, phase.first + sent,
+                                  (size_t)size);
+        }
+        send_redis(out, filled);
+        if (sent + phase.received != seen) {
+            seen = sent + phase.received;
+            deadline = now + STALL;
+        } else if (now > deadline) {
+            break;
+        }
+        if (sent < messages)
+            wake_at(phase.start + sent * phase.interval);
+        turn(100);
+    }
+    end();
+    write_times(path, late, messages);
+    free(phase.latency);
+    phase.latency = NULL;
+    free(late);
+    free(out);
+    reply(phase.received, wall, cpu);
+}
+
+static void perform(const char *line)
+{
+    char name[20] = "", path[1000] = "";
+    long long a = 0, b = 0, c = 0;
+    sscanf(line, "%19s %lld %lld %lld %999[^\n]", name, &a, &b, &c, path);
+    if (!strcmp(name, "open") && a >= 0 && b > 0)
+        open_peers(a, b, c);
+    else if (!strcmp(name, "fanout") && a >= 0 && b <= LARGEST_BODY)
+        fanout(a, b);
+    else if (!strcmp(name, "unicast") && a >= 0 && b <= LARGEST_BODY && c > 0 && peer_count)
+        unicast(a, b, c);
+    else if (!strcmp(name, "echo") && a >= 0)
+        echo(a);
+    else if (!strcmp(name, "latency") && a >= 0 && b > 0 && c <= LARGEST_BODY && peer_count)
+        latency(a, b, c, path);
+    else if (!strcmp(name, "counts"))
+        reply(0, now_ns(), clock_ns(CLOCK_PROCESS_CPUTIME_ID));
+    else {
+        fprintf(stderr, "client: not understood: %s\n", line);
+        exit(2);
+    }
+}
+
+/* Start */
+
+static void read_tokens(const char *path)
+{
+    FILE *file = fopen(path, "r");
+    char *line = NULL;
+    size_t room = 0, limit = 0;
+    ssize_t size;
+    if (!file)
+        die(path);
+    while ((size = getline(&line, &room, file)) > 0) {
+        if (peer_limit == limit) {
+            limit = limit ? 2 * limit : 1024;
+            tokens = realloc(tokens, limit * sizeof *tokens);
+            if (!tokens)
+                die("memory");
+        }
+        line[strcspn(line, "\n")] = 0;
+        tokens[peer_limit++] = strdup(line);
+    }
+    free(line);
+    fclose(file);
+    peers = allocate(peer_limit, sizeof *peers);
+}
+
+static void connect_redis(uint16_t redis_port)
+{
+    struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(redis_port)};
+    static const char quiet[] = "*3\r\n$6\r\nCLIENT\r\n$5\r\nREPLY\r\n$3\r\nOFF\r\n";
+    int on = 1;
+    to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    redis_fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (redis_fd < 0 || connect(redis_fd, (struct sockaddr *)&to, sizeof to))
+        die("Redis");
+    setsockopt(redis_fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    send_redis(quiet, sizeof quiet - 1);
+}
+
+static void serve(void)
+{
+    static char line[2000];
+    size_t filled = 0;
+    struct pollfd waiting[2] = {{.fd = 0, .events = POLLIN}, {.fd = epoll_fd, .events = POLLIN}};
+    for (;;) {
+        if (poll(waiting, 2, -1) < 0 && errno != EINTR)
+            die("poll");
+        if (waiting[1].revents)
+            turn(0);
+        if (!waiting[0].revents)
+            continue;
+        ssize_t got = read(0, line + filled, sizeof line - 1 - filled);
+        if (got <= 0)
+            return; /* Whoever started this has no more to ask. */
+        filled += (size_t)got;
+        line[filled] = 0;
+        if (line[filled - 1] == '\n') {
+            perform(line);
+            filled = 0;
+        }
+    }
+}
+
+int main(int argc, char **argv)
+{
+    struct rlimit files;
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
+    if (argc != 4) {
+        fprintf(stderr, "usage: client PORT REDIS_PORT TOKENS_FILE\n");
+        return 2;
+    }
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &files);
+    port = (uint16_t)atoi(argv[1]);
+    read_tokens(argv[3]);
+    epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
+    if (epoll_fd < 0 || timer_fd < 0 || epoll_ctl(epoll_fd, EPOLL_CTL_ADD, timer_fd, &event))
+        die("epoll");
+    connect_redis((uint16_t)atoi(argv[2]));
+    serve();
+    return 0;
+}
