@@ -19,7 +19,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/timerfd.h>
 #include <time.h>
@@ -690,15 +689,11 @@ static void serve(void)
 
 int main(int argc, char **argv)
 {
-    struct rlimit files;
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
     if (argc != 4) {
         fprintf(stderr, "usage: client PORT REDIS_PORT TOKENS_FILE\n");
         return 2;
     }
-    getrlimit(RLIMIT_NOFILE, &files);
-    files.rlim_cur = files.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &files);
     port = (uint16_t)atoi(argv[1]);
     read_tokens(argv[3]);
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);

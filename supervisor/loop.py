@@ -180,7 +180,11 @@ class Loop:
         reason = outcome.reason or obstacle(self._settings, snapshot)
         if reason:
             return events.SnapshotFailed(generation=generation, reason=reason)
-        self._children.keep_snapshot(generation, snapshot)
+        try:
+            self._children.keep_snapshot(generation, snapshot)
+        except OSError as error:  # No memory, no descriptors: no reason to end what runs.
+            reason = f"the new settings could not be kept: {error}"
+            return events.SnapshotFailed(generation=generation, reason=reason)
         drain = drain_times(Settings.restore(snapshot))
         return events.SnapshotReady(generation=generation, drain=drain)
 

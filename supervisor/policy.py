@@ -210,7 +210,7 @@ class Policy:
             self._table.leaving[life.pid] = life
             return [Kill(pid=life.pid, signal=signal.SIGKILL)]
         place.life = life
-        return [say("debug", "child_spawned", life)]
+        return [say("debug", "child spawned", life)]
 
     def _started(self, pid: int, now: float) -> list[Action]:
         match self._table.owned_by(pid):
@@ -218,7 +218,7 @@ class Policy:
                 place.proven = True
                 life.started_at = life.heard_at = now
                 took = round(now - life.spawned_at, 3)
-                return [say("info", "child_started", life, seconds=took), *self._take_over(now)]
+                return [say("info", "child started", life, seconds=took), *self._take_over(now)]
             case _:
                 return []
 
@@ -253,14 +253,14 @@ class Policy:
             if self._stop is None:
                 return self._lost(place, life.aborted_for or describe_end(event.code), now, event)
             place.life = None
-        left = say("info", "child_left", life, how=describe_end(event.code))
+        left = say("info", "child left", life, how=describe_end(event.code))
         return [left, *(self._stop.advance(now) if self._stop is not None else [])]
 
     def _signalled(self, number: signal.Signals, now: float) -> list[Action]:
         match number:
             case signal.SIGTERM | signal.SIGINT | signal.SIGQUIT:
                 if self._stop is not None:
-                    return [Say(level="info", event="stop_hurried"), *self._stop.hurry(now)]
+                    return [Say(level="info", event="stop hurried"), *self._stop.hurry(now)]
                 return self._begin_stop(now, quick=number is not signal.SIGTERM)
             case signal.SIGHUP:
                 return self._begin_reload([], now)
@@ -304,7 +304,7 @@ class Policy:
         wait = place.lose(now, self._timing, self._rng)
         place.spawn_at = now + wait
         about: dict[str, object] = {"kind": str(place.kind), "slot": place.slot, "how": how}
-        return [Say(level="error", event="child_died", fields={**about, "wait": round(wait, 3)})]
+        return [Say(level="error", event="child died", fields={**about, "wait": round(wait, 3)})]
 
     def _fail_to_begin(
         self, place: Place, how: str, now: float, code: int | None = None
@@ -313,7 +313,7 @@ class Policy:
         reason = f"{name(place)} {how}"
         if place.generation != 1:
             return self._fail_reload(reason, now)
-        said = Say(level="error", event="first_start_failed", fields={"reason": reason})
+        said = Say(level="error", event="first start failed", fields={"reason": reason})
         exit_code = _CONFIGURATION if code == _CONFIGURATION else _FIRST_START_FAILED
         return [said, *self._begin_stop(now, quick=True, code=exit_code)]
 
@@ -327,7 +327,7 @@ class Policy:
     def _begin_reload(self, requests: list[int], now: float) -> list[Action]:
         refusal = self._no_reload()
         if refusal:
-            said = Say(level="warning", event="reload_refused", fields={"reason": refusal})
+            said = Say(level="warning", event="reload refused", fields={"reason": refusal})
             verdict = Verdict(ok=False, reason=refusal)
             return [said, *(Reply(request=number, reply=verdict) for number in requests)]
         self._highest_generation += 1
@@ -389,7 +389,7 @@ class Policy:
             return []
         forgive(self._table, now)
         fields: dict[str, object] = {"seconds": round(paused, 1)}
-        return [Say(level="warning", event="supervisor_was_paused", fields=fields)]
+        return [Say(level="warning", event="supervisor was paused", fields=fields)]
 
     def _act_on_time(self, now: float) -> list[Action]:
         actions: list[Action] = []

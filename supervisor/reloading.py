@@ -54,7 +54,7 @@ class Reload:
             requests=requests,
             deadline=now + timing.snapshot,
         )
-        said = Say(level="info", event="reload_begins", fields={"generation": generation})
+        said = Say(level="info", event="reload begins", fields={"generation": generation})
         return reload, [said, TakeSnapshot(generation=generation)]
 
     def reading(self, generation: int) -> bool:
@@ -91,7 +91,7 @@ class Reload:
             self.table.places[key] = new
         self.table.candidates.clear()
         verdict = Verdict(ok=True, generation=self.generation)
-        said = Say(level="info", event="reload_done", fields={"generation": self.generation})
+        said = Say(level="info", event="reload done", fields={"generation": self.generation})
         return [*actions, said, *self._reply(verdict)]
 
     def fail(self, reason: str, now: float) -> list[Action]:
@@ -105,7 +105,7 @@ class Reload:
         return [
             *actions,
             DropSnapshot(generation=self.generation),
-            Say(level="error", event="reload_failed", fields=fields),
+            Say(level="error", event="reload failed", fields=fields),
             *self._reply(Verdict(ok=False, reason=reason)),
         ]
 

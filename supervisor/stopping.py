@@ -119,7 +119,7 @@ class Stop:
                 continue
             if now >= life.killed_at + self.timing.give_up:
                 life.given_up = True
-                actions.append(say("error", "child_immortal", life))
+                actions.append(say("error", "child immortal", life))
         return actions + (self.advance(now) if actions else [])
 
     def _finish(

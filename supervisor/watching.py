@@ -25,11 +25,11 @@ def hear(life: Life, beat: Beat, now: float) -> list[Action]:
         life.heard_at = now
     if life.silent:
         life.silent = False
-        actions.append(say("info", "child_beats_again", life))
+        actions.append(say("info", "child beats again", life))
     if life.ready and not beat.ready:
-        actions.append(say("warning", "child_unready", life, why=beat.why))
+        actions.append(say("warning", "child unready", life, why=beat.why))
     elif beat.ready and not life.ready:
-        actions.append(say("info", "child_ready", life))
+        actions.append(say("info", "child ready", life))
     life.connections, life.ready, life.why = beat.connections, beat.ready, beat.why
     return actions
 
@@ -54,7 +54,7 @@ def _look_at(life: Life, timing: Timing, now: float) -> Iterator[Action]:
     if life.kill_at is not None:
         if life.killed_at is None and now >= life.kill_at:
             life.killed_at = now
-            yield say("warning", "child_killed", life)
+            yield say("warning", "child killed", life)
             yield Kill(pid=life.pid, signal=signal.SIGKILL)
     elif life.started_at is None:
         if life.quiet(now, timing.startup):
@@ -66,12 +66,12 @@ def _look_at(life: Life, timing: Timing, now: float) -> Iterator[Action]:
             )
         elif not life.silent and life.quiet(now, timing.unready_silence):
             life.silent = True
-            yield say("warning", "child_silent", life, seconds=timing.unready_silence)
+            yield say("warning", "child silent", life, seconds=timing.unready_silence)
 
 
 def _abort(life: Life, timing: Timing, now: float, why: str) -> Iterator[Action]:
     life.aborted_for = why
-    yield say("error", "child_hangs", life, why=why)
+    yield say("error", "child hangs", life, why=why)
     if life.kind is Kind.REDIS:
         # Its SIGABRT writes a page about itself that helps nobody.
         life.kill_at = life.killed_at = now

@@ -9,7 +9,6 @@ One refusal looks like another to the client. The outcome (`AuthError.outcome`) 
 metrics.
 """
 
-import math
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +26,7 @@ MAX_USER: Final = 128
 """Bytes of a user id, UTF-8."""
 
 _DISTANT: Final = 1e11
-"""Seconds since 1970 after which no sane ``exp`` lies (the year 5138)."""
+"""Seconds since 1970 beyond which no sane time lies (the year 5138)."""
 
 
 @attrs.frozen(kw_only=True)
@@ -112,9 +111,12 @@ def _key(settings: Settings) -> str | bytes:
 
 def _seconds(claims: dict[str, object], name: str) -> float:
     value = claims[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise AuthError(f"{name} is not a number")
-    return min(float(value), _DISTANT)
+    # Compared before float(): JSON has integers beyond it. NaN compares false.
+    if not -_DISTANT < value < _DISTANT:
+        raise AuthError(f"{name} is beyond all reason")
+    return float(value)
 
 
 def _user(subject: object) -> str:
@@ -131,6 +133,7 @@ def sign(settings: Settings, user: str, expires_at: float) -> str:
 
     Raises:
         SettingsError: Tokens are verified with a public key, so none can be made here.
+        AuthError: That is no user's id.
     """
     if settings.jwt_secret_key is None or not settings.jwt_algorithms[0].startswith("HS"):
         raise SettingsError(

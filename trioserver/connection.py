@@ -119,6 +119,8 @@ class Shared:
     log_bug: Callable[[str, BaseException], None]
     """Called with what was being done and the bug."""
     log_end: Callable[["Connection", CloseReason], None]
+    blocked: "set[Connection]" = attrs.field(factory=set)
+    """Connections whose outbox waits for the socket: usually few or none."""
     stamp: Stamp = attrs.field(factory=Stamp)
     rng: random.Random = attrs.field(factory=random.Random)
 
@@ -204,6 +206,11 @@ class Connection:
         self._beat_at = now + shared.jittered(pace.heartbeat_interval or math.inf)
 
     @property
+    def waiting_bytes(self) -> int:
+        """Bytes that its client has still to take."""
+        return self._outbox.waiting_bytes
+
+    @property
     def user(self) -> str | None:
         """Who this is; None while no credential has come."""
         return self._session.user
@@ -252,11 +259,8 @@ class Connection:
             return
         shared = self._shared
         outbox = self._outbox
-        if not outbox.empty:
-            # Nameless, and it does not even read what was wrong with its messages.
-            self.end(CloseReason.TOO_SLOW)
-            return
-        outbox.cork()
+        if not outbox.corked:
+            outbox.cork()
         topic = shared.user_topic(user)
         if shared.hub.add(topic, outbox):
             shared.tally.users += 1
@@ -331,6 +335,7 @@ class Connection:
         self.end(CloseReason.GOING_AWAY)  # Only a cancelled task has no reason yet.
         reason = self.reason or CloseReason.GOING_AWAY
         shared.pump.wheel.cancel(self)
+        shared.blocked.discard(self)
         self._outbox.abandon()
         if reason is CloseReason.PEER_LOST:
             shared.pump.forget(self)
@@ -354,6 +359,8 @@ class Connection:
             return
         self.reason = reason
         self._session.closed = True
+        if self._scope is not None:
+            self._scope.cancel()
         self._leave_hub()
         outbox = self._outbox
         if reason is CloseReason.PEER_LOST:
@@ -368,8 +375,6 @@ class Connection:
         if not self._peer_done:
             # It may not have been read for a while; now its Close frame matters.
             self._watch(self._interest | READ)
-        if self._scope is not None:
-            self._scope.cancel()
 
     def _goodbye(self, reason: CloseReason, reconnect_in_ms: int | None) -> bytes:
         if reconnect_in_ms is None:
@@ -387,10 +392,10 @@ class Connection:
             return
         shared = self._shared
         topic = shared.user_topic(user)
+        shared.hub.remove(shared.broadcast_topic, self._outbox)
         if shared.hub.remove(topic, self._outbox):
             shared.tally.users -= 1
             shared.follower.release(topic)
-        shared.hub.remove(shared.broadcast_topic, self._outbox)
 
     def readable(self) -> None:
         """Take what the client sent, at most `READ_BYTES` of it."""
@@ -400,10 +405,13 @@ class Connection:
             return
         except OSError:
             data = b""
-        if data:
-            self._receive(data)
-        else:
+        if not data:
             self.hung_up()
+        elif self._scope is None and self.reason is None:
+            # The task has not had its first turn: these bytes belong behind those with the head.
+            self._early += data
+        else:
+            self._receive(data)
 
     def _receive(self, data: bytes) -> None:
         shared = self._shared
@@ -411,9 +419,15 @@ class Connection:
         self._heard = now
         shared.tally.bytes_in += len(data)
         decoder = self._decoder
-        verdict = self._process(decoder.receive(data), now)
-        if verdict is None and decoder.failure is not None:
-            verdict = decoder.failure
+        events = decoder.receive(data)
+        if self.reason is not None:
+            # Leaving: of all that may still come only the client's Close frame matters.
+            self._peer_done = self._peer_done or decoder.failure is not None
+            self._check_settled()
+            return
+        verdict = self._process(events, now)
+        if decoder.failure is not None:
+            verdict = verdict or decoder.failure
             self._peer_done = True
         if verdict is not None:
             self.end(verdict)
@@ -423,7 +437,7 @@ class Connection:
         elif self._message_since is None:
             self._message_since = now
             shared.pump.wheel.hasten(self, now + MESSAGE_SECONDS)
-        if self.reason is None and self._outbox.crowded:
+        if self._outbox.crowded and not self._session.closed:
             self._watch(0 if self._outbox.corked else WRITE)
 
     def _process(self, events: list[frames.Event], now: float) -> CloseReason | None:
@@ -447,7 +461,9 @@ class Connection:
             replies.append(frames.encode(frames.PONG, ping))
         if replies:
             # One write for all that one read has asked for.
-            self._outbox.offer(b"".join(replies) if len(replies) > 1 else replies[0])
+            answer = b"".join(replies) if len(replies) > 1 else replies[0]
+            if self._outbox.offer(answer):
+                self._shared.tally.bytes_out += len(answer)
         return verdict
 
     def _text(self, payload: bytes, now: float, replies: list[bytes]) -> CloseReason | None:
@@ -466,12 +482,12 @@ class Connection:
                 replies.append(frames.encode_text(data))
                 tally.error(code)
             case session.Authenticate(token):
-                return self._authenticate(token)
+                return self._authenticate(token, replies)
             case session.Close(reason):
                 return reason
         return None
 
-    def _authenticate(self, token: str) -> CloseReason | None:
+    def _authenticate(self, token: str, replies: list[bytes]) -> CloseReason | None:
         shared = self._shared
         try:
             claims = shared.verifier.verify(token, shared.wall())
@@ -481,6 +497,14 @@ class Connection:
         shared.tally.auth["ok"] += 1
         self._claims = claims
         self._session.authenticated(claims.user)
+        # What was said to the nameless client goes out; what follows waits for the first message.
+        if replies:
+            self._outbox.offer(b"".join(replies))
+            replies.clear()
+        if not self._outbox.empty:
+            # Nameless, and it does not even read what was wrong with its messages.
+            return CloseReason.TOO_SLOW
+        self._outbox.cork()
         if self._event is not None:
             self._event.set()
         return None
@@ -489,10 +513,14 @@ class Connection:
         """Send what waited."""
         outbox = self._outbox
         if outbox.flush():
-            self._progress_at = self._shared.pump.now
+            # Taking bytes is a sign of life, and maybe the only one while we do not read.
+            self._progress_at = self._heard = self._shared.pump.now
+            if self._message_since is not None and not self._interest & READ:
+                self._message_since = self._heard
         if outbox.empty:
             self._progress_at = math.inf
-            self._watch(READ)
+            self._shared.blocked.discard(self)
+            self._watch(0 if self._peer_done else READ)
             self._check_settled()
 
     def hung_up(self) -> None:
@@ -513,6 +541,7 @@ class Connection:
     def blocked(self) -> None:
         """Note that the outbox waits for the socket."""
         pump = self._shared.pump
+        self._shared.blocked.add(self)
         self._progress_at = pump.now
         self._watch(self._interest | WRITE)
         if self._shared.pace.write_wait:

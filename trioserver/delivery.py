@@ -53,7 +53,7 @@ class Delivery:
         if topic == self.broadcast_topic:
             return self._fan_out(topic, frame)
         accepted, refused = hub.deliver(topic, frame)
-        self._count(accepted, refused)
+        self._count(accepted, refused, len(frame))
         return None
 
     async def _fan_out(self, topic: bytes, frame: bytes) -> None:
@@ -62,11 +62,12 @@ class Delivery:
         for start in range(0, len(outboxes), OFFERS_PER_TURN):
             turn = outboxes[start : start + OFFERS_PER_TURN]
             accepted = sum([outbox.offer(frame) for outbox in turn])
-            self._count(accepted, len(turn) - accepted)
+            self._count(accepted, len(turn) - accepted, len(frame))
             await trio.lowlevel.checkpoint()
 
-    def _count(self, accepted: int, refused: int) -> None:
+    def _count(self, accepted: int, refused: int, size: int) -> None:
         tally = self.tally
         tally.notifications_delivered["ephemeral"] += accepted
         tally.messages_out += accepted
+        tally.bytes_out += accepted * size
         tally.failed += refused

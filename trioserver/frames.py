@@ -64,6 +64,7 @@ _FIN_TEXT: Final = 0x81
 _MASKED: Final = 0x80
 _SHORT_MASKED_END: Final = 0x80 | 126
 _MAX_CONTROL: Final = 125
+_MAX_REASON: Final = _MAX_CONTROL - 2
 _TWO_BYTES: Final = 126
 _EIGHT_BYTES: Final = 127
 
@@ -177,7 +178,7 @@ class Decoder:
         if fault is None and header > 6:  # noqa: PLR2004
             wide = header - 6
             if end - position < 2 + wide:
-                self._needed = header
+                self._needed = 2 + wide
                 return position
             announced = int.from_bytes(data[position + 2 : position + 2 + wide], "big")
             if announced < (126 if wide == 2 else 1 << 16) or announced >> 63:  # noqa: PLR2004
@@ -301,4 +302,6 @@ def encode_text(payload: bytes) -> bytes:
 
 def encode_close(code: int, reason: str = "") -> bytes:
     """Return a Close frame; the reason is cut to the 123 bytes that fit."""
-    return encode(CLOSE, code.to_bytes(2, "big") + reason.encode()[:123])
+    text = reason.encode()[:_MAX_REASON]
+    # The cut may have gone through a character.
+    return encode(CLOSE, code.to_bytes(2, "big") + text.decode(errors="ignore").encode())

@@ -120,6 +120,7 @@ class _Head:
     def on_header(self, name: bytes, value: bytes) -> None:
         self.lines += 1
         name = name.lower()
+        value = value.strip(b" \t")
         if name in self.headers:
             if name in _SINGLETONS:
                 raise Refusal(400, f"the header {name.decode('ascii')} is repeated")
@@ -127,26 +128,32 @@ class _Head:
         self.headers[name] = value
 
 
-def head_end(buffer: bytes | bytearray) -> int:
+def head_end(buffer: bytes | bytearray, known: int = 0) -> int:
     """Return the length of the request head in ``buffer``, or 0 while it is incomplete.
+
+    Args:
+        buffer: What has come so far.
+        known: How much of it an earlier call has seen, so that a head that comes byte by byte
+            is not searched from its beginning each time.
 
     Raises:
         Refusal: 431 as soon as a limit is passed, complete or not; 400 if the bytes cannot be
             the beginning of an HTTP/1.1 request.
     """
-    found = buffer.find(b"\r\n\r\n")
+    found = buffer.find(b"\r\n\r\n", max(0, known - 3))
     size = found + 4 if found >= 0 else len(buffer)
     if size > MAX_HEAD:
         raise Refusal(431, f"the request head is longer than {MAX_HEAD} bytes")
     if found >= 0:
         return size
-    if buffer.count(b"\n") > MAX_HEADERS + 1:
-        raise Refusal(431, f"more than {MAX_HEADERS} header lines")
+    if buffer.find(b"\n", known) >= 0:
+        if buffer.count(b"\n") > MAX_HEADERS + 1:
+            raise Refusal(431, f"more than {MAX_HEADERS} header lines")
+        if b"\n\n" in buffer or b"\n\r\n" in buffer:
+            # Bare line feeds would otherwise wait for the deadline.
+            raise Refusal(400, "lines must end with CR LF")
     if len(buffer) - (buffer.rfind(b"\n") + 1) > MAX_LINE:
         raise Refusal(431, f"a line is longer than {MAX_LINE} bytes")
-    if b"\n\n" in buffer:
-        # Bare line feeds would otherwise wait for the deadline.
-        raise Refusal(400, "lines must end with CR LF")
     return 0
 
 
@@ -170,7 +177,7 @@ def parse(head: bytes) -> Request:
         raise
     except httptools.HttpParserError:
         raise Refusal(400, "this is not an HTTP/1.1 request") from None
-    if parser.get_http_version() != "1.1":
+    if not head.lstrip(b"\r\n").partition(b"\r\n")[0].endswith(b" HTTP/1.1"):
         raise Refusal(400, "HTTP/1.1 is needed")
     headers = collected.headers
     if not headers.get(b"host"):

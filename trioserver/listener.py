@@ -33,9 +33,7 @@ READ_BYTES: Final = 16 << 10
 RETRY_AFTER_SECONDS: Final = 2
 """What a client is told that was refused for want of room."""
 
-_UNAUTHORIZED: Final = Refusal(
-    401, "the token was not accepted", (("WWW-Authenticate", 'Bearer realm="trioserver"'),)
-)
+_CHALLENGE: Final = (("WWW-Authenticate", 'Bearer realm="trioserver"'),)
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -107,12 +105,12 @@ class Listener:
                 return None
             if not self.query_token:
                 auth["invalid"] += 1
-                raise Refusal(401, "tokens in the query are turned off", _UNAUTHORIZED.headers)
+                raise Refusal(401, "tokens in the query are turned off", _CHALLENGE)
         try:
             claims = shared.verifier.verify(token, shared.wall())
         except AuthError as error:
             auth[error.outcome] += 1
-            raise _UNAUTHORIZED from None
+            raise Refusal(401, "the token was not accepted", _CHALLENGE) from None
         auth["ok"] += 1
         return claims
 
@@ -143,7 +141,8 @@ class Arrival:
     def __init__(self, listener: Listener, sock: socket.socket) -> None:
         self._listener = listener
         self._sock = sock
-        self._buffer = b""
+        self._buffer: bytearray | None = None
+        """The beginning of a head whose end has not come."""
         self.fd = sock.fileno()
         self.bucket = IDLE
         pump = listener.shared.pump
@@ -162,14 +161,19 @@ class Arrival:
             self._drop()
             return
         self._listener.shared.tally.bytes_in += len(data)
-        if self._buffer:
-            data = self._buffer + data
+        known = 0
+        buffer = self._buffer
+        if buffer is not None:
+            known = len(buffer)
+            buffer += data
         try:
-            end = handshake.head_end(data)
-            if end:
-                self._complete(handshake.parse(data[:end]), data[end:])
-            else:
-                self._buffer = data
+            end = handshake.head_end(data if buffer is None else buffer, known)
+            if not end:
+                self._buffer = bytearray(data) if buffer is None else buffer
+                return
+            if buffer is not None:
+                data = bytes(buffer)
+            self._complete(handshake.parse(data[:end]), data[end:])
         except Refusal as refusal:
             self._refuse(refusal)
 
@@ -207,6 +211,9 @@ class Arrival:
 
     def due(self, now: float) -> None:  # noqa: ARG002 - the moment itself is the message
         """Give up on a head that does not come."""
+        if not self._listener.shared.pump.holds(self):
+            # It came, or the client went, while this moment was on its way.
+            return
         self._refuse(Refusal(408, "the request head did not arrive in time"))
 
     def writable(self) -> None:

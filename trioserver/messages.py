@@ -161,6 +161,8 @@ def decode(text: bytes) -> ClientMessage:
         return _client_decoder.decode(text)
     except RecursionError:
         raise ClientError("bad_json", "the message is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise ClientError("bad_json", "the message is not UTF-8") from None
     except msgspec.ValidationError as error:
         problem = str(error)
     except msgspec.DecodeError:
@@ -175,7 +177,7 @@ def _diagnose(text: bytes, problem: str) -> ClientError:
     try:
         lenient = _lenient_decoder.decode(text)
         name = msgspec.json.decode(lenient.type)
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return ClientError("bad_message", problem)
     if isinstance(name, str) and name not in _known_types:
         return ClientError("unknown_type", "this type is not known to the server", lenient.ref)

@@ -16,6 +16,7 @@ object in ten thousand outboxes.
 """
 
 import socket
+import sys
 from collections import deque
 from typing import Final, Protocol
 
@@ -39,9 +40,16 @@ class OutboxLimits:
     max_frames: int = 256
     """Frames waiting; small frames cost memory too."""
 
+    largest: int = attrs.field(init=False)
+    """Bytes of the largest frame that is accepted at all: what may not wait must not begin."""
+
+    @largest.default
+    def _largest(self) -> int:
+        return self.max_bytes or sys.maxsize
+
 
 class Owner(Protocol):
-    """Who is told what happens to an outbox; all of it synchronous."""
+    """Who is told what happens to an outbox; all of it synchronous, none of it may raise."""
 
     def blocked(self) -> None:
         """Bytes wait now: call `Outbox.flush` when the socket is writable."""
@@ -108,7 +116,7 @@ class Outbox:
         """Accept ``frame`` for sending; return False if it never will be sent."""
         if self.closed:
             return False
-        if self._waiting is not None:
+        if self._waiting is not None or len(frame) > self._limits.largest:
             return self._wait(frame)
         try:
             sent = self._sock.send(frame)
@@ -152,9 +160,10 @@ class Outbox:
     def _wait(self, frame: bytes) -> bool:
         limits = self._limits
         waiting = self._waiting
-        assert waiting is not None  # noqa: S101 - for the type checker: offer() looked
-        if 0 < limits.max_bytes < self.waiting_bytes + len(frame) or 0 < limits.max_frames <= len(
-            waiting
+        if (
+            waiting is None
+            or self.waiting_bytes + len(frame) > limits.largest
+            or 0 < limits.max_frames <= len(waiting)
         ):
             self.closed = True
             self._owner.overflowed()

@@ -118,9 +118,17 @@ class Pump:
             if not self._peers:
                 self._emptied.set()
 
+    def holds(self, peer: Peer) -> bool:
+        """Return whether ``peer`` is who is registered for its descriptor."""
+        return self._peers.get(peer.fd) is peer
+
     def linger(self, sock: socket.socket, peer: Peer) -> None:
         """Close ``sock``, which ``peer`` held until now, so that its last bytes arrive."""
         Linger(self, sock, peer)
+
+    def close(self) -> None:
+        """Close the epoll; when nothing runs any more."""
+        self._epoll.close()
 
     def __len__(self) -> int:
         return len(self._peers)
@@ -131,38 +139,35 @@ class Pump:
             await self._emptied.wait()
 
     async def run(self) -> NoReturn:
-        """Serve all registered sockets until cancelled; closes the epoll then.
+        """Serve all registered sockets until cancelled.
 
         Cancellation:
-            Takes effect between rounds. Sockets stay open: they belong to their peers.
+            Takes effect between rounds. Sockets and the epoll stay open: peers that are
+            cancelled in the same moment have still to unregister.
         """
         poll = self._epoll.poll
         peers = self._peers
         descriptor = self._epoll.fileno()
         wait_readable = trio.lowlevel.wait_readable
         monotonic = time.monotonic
-        try:
-            while True:
-                await wait_readable(descriptor)
-                self.now = monotonic()
-                for fd, events in poll(0, EVENTS_PER_ROUND):
-                    # None: an earlier event of this very round ended this peer.
-                    peer = peers.get(fd)
-                    if peer is None:
-                        continue
-                    try:
-                        if events & WRITE:
-                            peer.writable()
-                        if events & READ:
-                            peer.readable()
-                        if events & _HANG_UP and peers.get(fd) is peer:
-                            peer.hung_up()
-                    except Exception as bug:  # noqa: BLE001 - one peer's bug is one peer's end
-                        self._on_bug(bug)
-                        peer.failed(bug)
-        finally:
-            trio.lowlevel.notify_closing(descriptor)
-            self._epoll.close()
+        while True:
+            await wait_readable(descriptor)
+            self.now = monotonic()
+            for fd, events in poll(0, EVENTS_PER_ROUND):
+                # None: an earlier event of this very round ended this peer.
+                peer = peers.get(fd)
+                if peer is None:
+                    continue
+                try:
+                    if events & WRITE:
+                        peer.writable()
+                    if events & READ:
+                        peer.readable()
+                    if events & _HANG_UP and peers.get(fd) is peer:
+                        peer.hung_up()
+                except Exception as bug:  # noqa: BLE001 - one peer's bug is one peer's end
+                    self._on_bug(bug)
+                    peer.failed(bug)
 
     async def run_timers(self, granularity: float = 0.1) -> NoReturn:
         """Fire what is due on the wheel, every ``granularity`` seconds, until cancelled."""

@@ -59,15 +59,15 @@ class Session:
         user: Who the handshake's credential named, or None while there is none.
     """
 
-    __slots__ = ("_strikes", "_strikes_since", "closed", "count", "user")
+    __slots__ = ("_strikes", "closed", "count", "user")
 
     def __init__(self, user: str | None = None) -> None:
         self.user = user
         self.count = 0
         """Messages counted on this connection."""
         self.closed = False
-        self._strikes = 0
-        self._strikes_since = 0.0
+        self._strikes: tuple[float, ...] = ()
+        """When the latest malformed messages came; at most `MAX_STRIKES`."""
 
     def authenticated(self, user: str) -> None:
         """Enter the authenticated state as ``user``."""
@@ -111,11 +111,9 @@ class Session:
 
     def _strike(self, error: ClientError, now: float) -> Action:
         """Answer a malformed message, or close after too many of them."""
-        if now - self._strikes_since > STRIKE_SECONDS:
-            self._strikes_since = now
-            self._strikes = 0
-        self._strikes += 1
-        if self._strikes >= MAX_STRIKES:
+        strikes = [moment for moment in self._strikes if now - moment <= STRIKE_SECONDS]
+        self._strikes = (*strikes, now)
+        if len(self._strikes) >= MAX_STRIKES:
             return self.close(CloseReason.POLICY)
         answer = messages.Error(error.code, error.message, ref=error.ref)
         return SendError(messages.encode(answer), error.code)

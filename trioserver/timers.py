@@ -60,6 +60,8 @@ class Wheel(Generic[OwnerT]):
 
     def hasten(self, owner: OwnerT, when: float) -> None:
         """Fire ``owner`` at ``when`` unless it is to be fired before that anyway."""
+        if when == math.inf:
+            return
         if owner.bucket == IDLE or int(when / GRANULARITY) + 1 < owner.bucket:
             self.schedule(owner, when)
 

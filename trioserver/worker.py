@@ -128,7 +128,7 @@ class Worker:
         )
         self._subscription.follow(broadcast)
         before, after = user_channel.split("{user}")
-        shared = Shared(
+        self._shared = shared = Shared(
             pump=self.pump,
             hub=hub,
             follower=self._subscription,
@@ -197,6 +197,7 @@ class Worker:
             with trio.move_on_after(LAST_WORDS_SECONDS if order.quick else LINGER_SECONDS):
                 await self.pump.wait_empty()
             services.cancel_scope.cancel()
+        self.pump.close()
         if self._exporter is not None:
             self._exporter.close()
         self._log.info("worker ended")
@@ -285,6 +286,7 @@ class Worker:
             now = trio.current_time()
             tally = self.tally
             tally.loop_lag = now - expected
+            tally.outbox_bytes = sum([one.waiting_bytes for one in self._shared.blocked])
             statistics = self._subscription.statistics()
             tally.redis_reconnects = max(0, statistics.links - 1)
             if self._canary is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.supervisor.harness import Server, short_directory
+from tests.supervisor.harness import Family, Server, short_directory
 
 
 @pytest.fixture
@@ -14,6 +14,14 @@ def directory() -> Iterator[Path]:
     """Return a directory with a short path."""
     with short_directory() as path:
         yield path
+
+
+@pytest.fixture
+def family() -> Iterator[Family]:
+    """Return a place for children of the test, who are killed and reaped afterwards."""
+    family = Family()
+    yield family
+    family.close()
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from supervisor.processes import Processes
 from trioserver.control_client import Op, ask
 from trioserver.settings import Settings
 from trioserver.statedir import StateDir
@@ -61,6 +62,15 @@ def alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
 
 
+def open_fds(pid: int | None = None) -> dict[int, str]:
+    """Return what a process has open; this one if none is named."""
+    found: dict[int, str] = {}
+    for fd in Path(f"/proc/{pid or 'self'}/fd").iterdir():
+        with suppress(FileNotFoundError):  # Closed meanwhile, like the one that lists them.
+            found[int(fd.name)] = str(fd.readlink())
+    return found
+
+
 @contextmanager
 def short_directory() -> Iterator[Path]:
     """Make a directory whose path leaves room for the name of a Unix socket, and remove it."""
@@ -69,6 +79,37 @@ def short_directory() -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+class Family:
+    """Children of the test itself."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self.processes = Processes()
+        self.codes: dict[int, int] = {}
+
+    def spawn(
+        self, *argv: str, env: dict[str, str] | None = None, fds: dict[int, int] | None = None
+    ) -> int:
+        """Start a program and return its pid."""
+        return self.processes.spawn(argv, env=env or {}, fds=fds or {})
+
+    def code_of(self, pid: int) -> int:
+        """Wait for a child's end; return its exit code."""
+
+        def ended() -> bool:
+            self.codes.update(self.processes.reap())
+            return pid in self.codes
+
+        eventually(ended)
+        return self.codes[pid]
+
+    def close(self) -> None:
+        """Kill and reap whoever is left, with those in their groups."""
+        for pid in self.processes.alive:
+            os.killpg(pid, signal.SIGKILL)
+            self.code_of(pid)
 
 
 class Server:

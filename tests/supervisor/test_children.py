@@ -1,7 +1,6 @@
 """What children are started with, and the talk with them."""
 
 import os
-import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,8 +10,7 @@ import pytest
 
 from supervisor.children import Children, Commands
 from supervisor.events import Kind
-from supervisor.processes import Processes
-from tests.supervisor.harness import eventually
+from tests.supervisor.harness import Family, eventually, open_fds
 from trioserver.status import Beat, Drain, Started
 
 TALKER = ("/bin/sh", "-c", 'printf "$0" >&3; sleep 60')
@@ -21,15 +19,14 @@ TALKER = ("/bin/sh", "-c", 'printf "$0" >&3; sleep 60')
 class World:
     """Children whose commands are small scripts."""
 
-    def __init__(self, directory: Path, closing: ExitStack) -> None:
+    def __init__(self, directory: Path, family: Family, closing: ExitStack) -> None:
         """Prepare."""
         self.output = directory / "output"
         show = f"echo $* $X > {self.output}.part; cat /proc/self/fd/5 >> {self.output}.part"
         show = f"{show}; mv {self.output}.part {self.output}; sleep 60"
-        self.processes = Processes()
         self.doors = [closing.enter_context(socket.socket()) for _ in range(3)]
         self.children = Children(
-            self.processes,
+            family.processes,
             Commands(
                 worker=("/bin/sh", "-c", show, "worker"),
                 gateway=("/bin/sh", "-c", show, "gateway"),
@@ -49,21 +46,12 @@ class World:
 
 
 @pytest.fixture
-def world(directory: Path) -> Iterator[World]:
-    """Return a world; its children are killed and reaped afterwards."""
+def world(directory: Path, family: Family) -> Iterator[World]:
+    """Return a world."""
     with ExitStack() as closing:
-        world = World(directory, closing)
+        world = World(directory, family, closing)
         yield world
         world.children.close()
-        for pid in world.processes.alive:
-            # Each leads a group; the shell's own child is in it.
-            os.killpg(pid, signal.SIGKILL)
-        eventually(lambda: list(world.processes.reap()) == [] and not world.processes.alive)
-
-
-def inode(pid: int, fd: int) -> str:
-    """Return what a process has open there."""
-    return os.readlink(f"/proc/{pid}/fd/{fd}")  # noqa: PTH115 - of another process
 
 
 def test_each_child_is_told_its_place_and_its_generation(world: World) -> None:
@@ -76,8 +64,8 @@ def test_each_child_is_told_its_place_and_its_generation(world: World) -> None:
     gateway = world.children.spawn(Kind.GATEWAY, 0, 2)
     assert world.shown() == "--generation 2 x\ntwo"
 
-    assert inode(worker, 4) == inode(os.getpid(), world.doors[1].fileno())
-    assert inode(gateway, 4) == inode(os.getpid(), world.doors[2].fileno())
+    assert open_fds(worker)[4] == open_fds()[world.doors[1].fileno()]
+    assert open_fds(gateway)[4] == open_fds()[world.doors[2].fileno()]
 
 
 def test_redis_has_no_pair_and_no_locale(world: World) -> None:
@@ -88,7 +76,7 @@ def test_redis_has_no_pair_and_no_locale(world: World) -> None:
     assert world.children.pair(pid) is None
     assert world.children.receive(pid) == ([], False)
     world.children.send(pid, Drain(seconds=1))
-    assert inode(pid, 1) == inode(os.getpid(), 2)
+    assert open_fds(pid)[1] == open_fds()[2]
 
 
 def test_settings_cannot_be_changed_by_a_child(world: World) -> None:
@@ -103,33 +91,33 @@ def test_settings_cannot_be_changed_by_a_child(world: World) -> None:
 
 def test_a_dropped_snapshot_is_gone(world: World) -> None:
     """Nobody of that generation can be spawned any more."""
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    before = len(open_fds())
     world.children.keep_snapshot(1, b"one")
     world.children.keep_snapshot(1, b"another")
     world.children.drop_snapshot(1)
     world.children.drop_snapshot(1)
 
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert len(open_fds()) == before
     with pytest.raises(KeyError):
         world.children.spawn(Kind.WORKER, 0, 1)
 
 
-def test_a_spawn_that_fails_leaves_nothing_behind(directory: Path) -> None:
+def test_a_spawn_that_fails_leaves_nothing_behind(family: Family) -> None:
     """No pair for a child that never was."""
     with socket.socket() as door:
         children = Children(
-            Processes(),
+            family.processes,
             Commands(worker=("/nowhere",)),
             doors=[door],
             admin_door=door,
             env={},
         )
         children.keep_snapshot(1, b"")
-        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        before = len(open_fds())
         with pytest.raises(FileNotFoundError):
             children.spawn(Kind.WORKER, 0, 1)
 
-        assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+        assert len(open_fds()) == before
         children.close()
 
 
@@ -139,12 +127,11 @@ def says(*packets: str) -> Commands:
     return Commands(worker=("/bin/sh", "-c", script))
 
 
-def test_what_a_child_says_is_heard_in_order_to_its_end(directory: Path) -> None:
+def test_what_a_child_says_is_heard_in_order_to_its_end(family: Family) -> None:
     """Unknown things are skipped; the end of the conversation is noticed."""
-    processes = Processes()
     commands = says('{"type":"started"}', "tralala", '{"type":"beat","connections":3}')
     with socket.socket() as door:
-        children = Children(processes, commands, doors=[door], admin_door=door, env={})
+        children = Children(family.processes, commands, doors=[door], admin_door=door, env={})
         children.keep_snapshot(1, b"")
         pid = children.spawn(Kind.WORKER, 0, 1)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -157,15 +144,13 @@ def test_what_a_child_says_is_heard_in_order_to_its_end(directory: Path) -> None
         children.forget(pid)
         assert children.pair(pid) is None
         children.close()
-        eventually(lambda: list(processes.reap()) == [] and not processes.alive)
 
 
-def test_a_child_that_talks_without_end_is_heard_in_portions(directory: Path) -> None:
+def test_a_child_that_talks_without_end_is_heard_in_portions(family: Family) -> None:
     """Its siblings get their turn."""
-    processes = Processes()
     commands = says(*['{"type":"started"}'] * 100)
     with socket.socket() as door:
-        children = Children(processes, commands, doors=[door], admin_door=door, env={})
+        children = Children(family.processes, commands, doors=[door], admin_door=door, env={})
         children.keep_snapshot(1, b"")
         pid = children.spawn(Kind.WORKER, 0, 1)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -173,7 +158,6 @@ def test_a_child_that_talks_without_end_is_heard_in_portions(directory: Path) ->
         assert children.receive(pid) == ([Started()] * 64, True)
         assert children.receive(pid) == ([Started()] * 36, False)
         children.close()
-        eventually(lambda: list(processes.reap()) == [] and not processes.alive)
 
 
 def test_a_child_that_does_not_listen_blocks_nobody(world: World) -> None:

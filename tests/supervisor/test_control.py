@@ -33,7 +33,7 @@ class Driver:
     def turn(self) -> None:
         """Handle what is ready now, until nothing is."""
         for _ in range(1000):
-            ready = self.selector.select(0.02)
+            ready = self.selector.select(0)
             if not ready:
                 return
             for key, mask in ready:

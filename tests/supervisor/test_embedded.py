@@ -14,8 +14,7 @@ import pytest
 import redis
 
 from supervisor.embedded import Answer, Probe, find_server, server_argv, tethered
-from supervisor.processes import Processes
-from tests.supervisor.harness import Server, alive, eventually
+from tests.supervisor.harness import Family, Server, alive, eventually
 from trioserver.errors import SettingsError
 from trioserver.statedir import StateDir
 
@@ -168,9 +167,9 @@ def test_data_survives_a_restart_of_the_server(start: Start) -> None:
 
     assert server.verdict("stop").ok
     assert server.wait() == 0
-    left = [event["kind"] for event in server.events("child_left")]
+    left = [event["kind"] for event in server.events("child left")]
     assert left == ["worker", "gateway", "redis"]
-    assert server.events("child_killed") == []
+    assert server.events("child killed") == []
 
     again = start(settings=embedded())
     again.wait_ready()
@@ -222,7 +221,7 @@ def test_files_that_redis_cannot_read_fail_the_first_start(start: Start) -> None
     again = start(settings=embedded())
 
     assert again.wait() == 3
-    (event,) = again.events("first_start_failed")
+    (event,) = again.events("first start failed")
     assert event["reason"] == "redis ended with exit code 1"
 
 
@@ -237,33 +236,6 @@ def state(directory: Path) -> StateDir:
     return state
 
 
-@pytest.fixture
-def processes() -> Iterator[Processes]:
-    """Return a place for children, who are killed and reaped afterwards."""
-    processes = Processes()
-    yield processes
-    for pid in processes.alive:
-        processes.kill(pid, signal.SIGKILL)
-    eventually(lambda: list(processes.reap()) == [] and not processes.alive)
-
-
-def run(processes: Processes, argv: list[str]) -> int:
-    """Start a program."""
-    return processes.spawn(argv, env=dict(os.environ), fds={})
-
-
-def code_of(processes: Processes, pid: int) -> int:
-    """Wait for a child's end; return its exit code."""
-    codes: dict[int, int] = {}
-
-    def ended() -> bool:
-        codes.update(processes.reap())
-        return pid in codes
-
-    eventually(ended)
-    return codes[pid]
-
-
 def waits_for_a_lock(pid: int) -> bool:
     """Say whether the kernel holds a process until it gets a lock."""
     lines = Path("/proc/locks").read_text().splitlines()
@@ -271,46 +243,44 @@ def waits_for_a_lock(pid: int) -> bool:
 
 
 def test_a_tethered_program_waits_until_the_lock_is_free(
-    state: StateDir, processes: Processes, directory: Path
+    state: StateDir, family: Family, directory: Path
 ) -> None:
     """The program itself holds the lock, until it ends however it ends."""
     script = f"echo here >> {directory}/ran; exec sleep 30"
-    first = run(processes, tethered(["/bin/sh", "-c", script], state))
+    first = family.spawn(*tethered(["/bin/sh", "-c", script], state))
     eventually((directory / "ran").exists)
-    second = run(processes, tethered(["/bin/sh", "-c", script], state))
+    second = family.spawn(*tethered(["/bin/sh", "-c", script], state))
     eventually(lambda: waits_for_a_lock(second))
 
     assert (directory / "ran").read_text() == "here\n"
 
-    processes.kill(first, signal.SIGKILL)
+    family.processes.kill(first, signal.SIGKILL)
     eventually(lambda: (directory / "ran").read_text() == "here\nhere\n")
 
 
 def test_a_tethered_program_whose_parent_is_gone_does_not_start(
-    state: StateDir, processes: Processes
+    state: StateDir, family: Family
 ) -> None:
     """The kernel would not tell it any more."""
     argv = tethered(["/bin/true"], state)
     assert argv[4] == str(os.getpid())
     argv[4] = "1"
 
-    assert code_of(processes, run(processes, argv)) == 1
+    assert family.code_of(family.spawn(*argv)) == 1
 
 
 def test_a_tethered_program_that_cannot_be_executed_ends_with_1(
-    state: StateDir, processes: Processes
+    state: StateDir, family: Family
 ) -> None:
     """Like any other program that fails to start."""
-    assert code_of(processes, run(processes, tethered(["/nowhere"], state))) == 1
+    assert family.code_of(family.spawn(*tethered(["/nowhere"], state))) == 1
 
 
-def test_a_path_with_spaces_and_quotes_is_no_obstacle(
-    directory: Path, processes: Processes
-) -> None:
+def test_a_path_with_spaces_and_quotes_is_no_obstacle(directory: Path, family: Family) -> None:
     """Redis joins and parses its arguments; they must survive that."""
     state = StateDir(directory / 'a "b" c')
     state.create()
-    pid = run(processes, server_argv(find_server(PATH), state))
+    pid = family.spawn(*server_argv(find_server(PATH), state))
     wait_for_pong(state, pid)
 
 
@@ -359,16 +329,16 @@ def test_a_probe_takes_no_answer_from_another_process(directory: Path) -> None:
             assert accepted.recv(100) == b""
 
 
-def test_both_kinds_of_servers_take_the_arguments(state: StateDir, processes: Processes) -> None:
+def test_both_kinds_of_servers_take_the_arguments(state: StateDir, family: Family) -> None:
     """Whatever is installed here is started as it would be."""
     programs = {shutil.which(name, path=PATH) for name in ("redis-server", "valkey-server")}
     with contextlib.suppress(SettingsError):
         programs.add(find_server("/nowhere"))
     for program in filter(None, programs):
-        pid = run(processes, tethered(server_argv(program, state), state))
+        pid = family.spawn(*tethered(server_argv(program, state), state))
         wait_for_pong(state, pid)
-        processes.kill(pid, signal.SIGTERM)
-        assert code_of(processes, pid) == 0
+        family.processes.kill(pid, signal.SIGTERM)
+        assert family.code_of(pid) == 0
 
 
 def wait_for_pong(state: StateDir, pid: int) -> None:

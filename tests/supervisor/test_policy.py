@@ -768,7 +768,7 @@ def test_a_child_that_ends_before_it_started_fails_the_first_start(
         (0.6, kill(GATEWAY, signal.SIGTERM)),
     ]
     assert expected == pool.did(since=0.6)
-    assert [{"reason": f"worker 1 {how}"}] == pool.said("first_start_failed")
+    assert [{"reason": f"worker 1 {how}"}] == pool.said("first start failed")
 
     end(W0)(pool)
     end(GATEWAY, -15)(pool)
@@ -797,7 +797,7 @@ def test_a_child_that_does_not_start_within_a_minute_fails_the_first_start() -> 
 
     end(W1, -6)(pool)
 
-    assert pool.said("first_start_failed") == [{"reason": "worker 1 did not start within 60 s"}]
+    assert pool.said("first start failed") == [{"reason": "worker 1 did not start within 60 s"}]
 
     end(W0)(pool)
     end(GATEWAY)(pool)
@@ -822,7 +822,7 @@ def test_a_child_that_cannot_be_spawned_fails_the_first_start() -> None:
     pool.unspawnable.add((Kind.WORKER, 0))
     pool.tell(Begin())
 
-    assert pool.said("first_start_failed") == [{"reason": "worker 0 could not be spawned: full"}]
+    assert pool.said("first start failed") == [{"reason": "worker 0 could not be spawned: full"}]
     assert [kill(100), kill(101)] == [a for _, a in pool.did() if isinstance(a, Kill)]
 
     pool.end(100, -9)
@@ -1019,8 +1019,8 @@ def test_a_silent_worker_makes_the_pool_unready_after_five_seconds() -> None:
     pool.tell(beat(W0))
 
     assert pool.status().ready
-    assert len(pool.said("child_silent")) == 1
-    assert len(pool.said("child_beats_again")) == 1
+    assert len(pool.said("child silent")) == 1
+    assert len(pool.said("child beats again")) == 1
 
 
 def test_a_stop_makes_the_pool_unready_at_once() -> None:

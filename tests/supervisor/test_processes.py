@@ -10,18 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.processes import Processes, raise_descriptor_limit, seal_descriptors
-from tests.supervisor.harness import eventually
-
-
-@pytest.fixture
-def processes() -> Iterator[Processes]:
-    """Return a place for children, who are killed and reaped afterwards."""
-    processes = Processes()
-    yield processes
-    for pid in processes.alive:
-        processes.kill(pid, signal.SIGKILL)
-    eventually(lambda: list(processes.reap()) == [] and not processes.alive)
+from supervisor.processes import raise_descriptor_limit, seal_descriptors
+from tests.supervisor.harness import Family, open_fds
 
 
 @pytest.fixture
@@ -31,20 +21,8 @@ def output(tmp_path: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def code_of(processes: Processes, pid: int) -> int:
-    """Wait for a child's end; return its exit code."""
-    codes: dict[int, int] = {}
-
-    def ended() -> bool:
-        codes.update(processes.reap())
-        return pid in codes
-
-    eventually(ended)
-    return codes[pid]
-
-
 def test_a_child_gets_what_it_was_promised_under_the_numbers_it_expects(
-    processes: Processes, output: int, tmp_path: Path
+    family: Family, output: int, tmp_path: Path
 ) -> None:
     """Also if ours lie exactly where theirs will be, crossed."""
     for name in ("three", "four"):
@@ -56,23 +34,23 @@ def test_a_child_gets_what_it_was_promised_under_the_numbers_it_expects(
         "ls -l /proc/self/fd/0 | grep -o /dev/null; echo $X"
     )
     fds = {1: output, three: four, four: three}
-    pid = processes.spawn(["/bin/sh", "-c", script], env={"X": "x", "PATH": "/bin"}, fds=fds)
+    pid = family.spawn("/bin/sh", "-c", script, env={"X": "x", "PATH": "/bin"}, fds=fds)
 
-    assert code_of(processes, pid) == 0
+    assert family.code_of(pid) == 0
     # What is called `four` there is `three` here.
     assert (tmp_path / "output").read_text() == "threefour/dev/null\nx\n"
     os.close(three)
     os.close(four)
 
 
-def test_a_child_inherits_nothing_else(processes: Processes, output: int, tmp_path: Path) -> None:
+def test_a_child_inherits_nothing_else(family: Family, output: int, tmp_path: Path) -> None:
     """Sealing makes that true for what this process itself has inherited."""
     read_end, write_end = os.pipe()
     os.set_inheritable(read_end, True)
     seal_descriptors()
-    pid = processes.spawn(["/bin/ls", "/proc/self/fd"], env={}, fds={1: output})
+    pid = family.spawn("/bin/ls", "/proc/self/fd", env={}, fds={1: output})
 
-    assert code_of(processes, pid) == 0
+    assert family.code_of(pid) == 0
     # The fourth is the directory that ls itself reads.
     assert (tmp_path / "output").read_text().split() == ["0", "1", "2", "3"]
     os.close(read_end)
@@ -80,17 +58,15 @@ def test_a_child_inherits_nothing_else(processes: Processes, output: int, tmp_pa
 
 
 def test_a_child_starts_with_default_signals_and_its_own_group(
-    processes: Processes, output: int, tmp_path: Path
+    family: Family, output: int, tmp_path: Path
 ) -> None:
     """Nothing blocked, nothing ignored, although this process ignores SIGPIPE."""
     assert signal.getsignal(signal.SIGPIPE) is signal.SIG_IGN
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    pid = processes.spawn(
-        ["/bin/cat", "/proc/self/status", "/proc/self/stat"], env={}, fds={1: output}
-    )
+    pid = family.spawn("/bin/cat", "/proc/self/status", "/proc/self/stat", env={}, fds={1: output})
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    assert code_of(processes, pid) == 0
+    assert family.code_of(pid) == 0
     lines = (tmp_path / "output").read_text().splitlines()
     fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
     unsettable = 0b11 << 31  # Two that the C library keeps for itself.
@@ -100,54 +76,54 @@ def test_a_child_starts_with_default_signals_and_its_own_group(
     assert process_group == str(pid)
 
 
-def test_exit_codes_and_signals_are_told_apart(processes: Processes) -> None:
+def test_exit_codes_and_signals_are_told_apart(family: Family) -> None:
     """A signal is a negative number."""
-    left = processes.spawn(["/bin/sh", "-c", "exit 7"], env={}, fds={})
-    killed = processes.spawn(["/bin/sleep", "60"], env={}, fds={})
-    processes.kill(killed, signal.SIGKILL)
+    left = family.spawn("/bin/sh", "-c", "exit 7", env={})
+    killed = family.spawn("/bin/sleep", "60", env={})
+    family.processes.kill(killed, signal.SIGKILL)
 
-    assert code_of(processes, left) == 7
-    assert code_of(processes, killed) == -9
+    assert family.code_of(left) == 7
+    assert family.code_of(killed) == -9
 
 
-def test_a_program_that_is_not_there_is_an_error_and_no_child(processes: Processes) -> None:
+def test_a_program_that_is_not_there_is_an_error_and_no_child(family: Family) -> None:
     """Nothing is left behind, no descriptor either."""
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = len(open_fds())
     with pytest.raises(FileNotFoundError):
-        processes.spawn(["/nowhere"], env={}, fds={3: 1})
+        family.spawn("/nowhere", env={}, fds={3: 1})
 
-    assert processes.alive == frozenset()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert family.processes.alive == frozenset()
+    assert len(open_fds()) == before
 
 
-def test_who_was_reaped_is_never_signalled(processes: Processes) -> None:
+def test_who_was_reaped_is_never_signalled(family: Family) -> None:
     """Its pid may be somebody else's by now: here it is, to show that nothing is sent."""
-    pid = processes.spawn(["/bin/true"], env={}, fds={})
-    assert pid in processes.alive
-    assert code_of(processes, pid) == 0
-    assert pid not in processes.alive
-    processes.kill(pid, signal.SIGKILL)
-    processes.kill(os.getpid(), signal.SIGKILL)
+    pid = family.spawn("/bin/true", env={})
+    assert pid in family.processes.alive
+    assert family.code_of(pid) == 0
+    assert pid not in family.processes.alive
+    family.processes.kill(pid, signal.SIGKILL)
+    family.processes.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_zombie_can_be_signalled_safely(processes: Processes) -> None:
+def test_a_zombie_can_be_signalled_safely(family: Family) -> None:
     """Between its end and its reaping its pid is still its own."""
-    pid = processes.spawn(["/bin/true"], env={}, fds={})
+    pid = family.spawn("/bin/true", env={})
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    processes.kill(pid, signal.SIGTERM)
+    family.processes.kill(pid, signal.SIGTERM)
 
-    assert code_of(processes, pid) == 0
+    assert family.code_of(pid) == 0
 
 
-def test_strangers_are_reaped_too(processes: Processes) -> None:
+def test_strangers_are_reaped_too(family: Family) -> None:
     """As PID 1 one is the parent of everybody whose own has gone."""
     with subprocess.Popen(["/bin/true"]) as stranger:
-        assert code_of(processes, stranger.pid) == 0
+        assert family.code_of(stranger.pid) == 0
 
 
-def test_without_children_there_is_nobody_to_reap(processes: Processes) -> None:
+def test_without_children_there_is_nobody_to_reap(family: Family) -> None:
     """That is no error."""
-    assert list(processes.reap()) == []
+    assert list(family.processes.reap()) == []
 
 
 def test_the_limit_of_descriptors_is_raised_as_far_as_allowed() -> None:

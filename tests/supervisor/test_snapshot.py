@@ -1,6 +1,5 @@
 """Reading settings with a command; how it is used is in `test_loop`."""
 
-import os
 import selectors
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -9,7 +8,7 @@ import pytest
 
 from supervisor.processes import Processes
 from supervisor.snapshot import Outcome, SnapshotReader, obstacle
-from tests.supervisor.harness import eventually
+from tests.supervisor.harness import eventually, open_fds
 from trioserver.settings import Settings
 
 
@@ -82,14 +81,14 @@ def test_a_helper_that_stays_behind_does_not_hold_it_up(world: Callable[[str], W
 def test_a_reading_that_is_dropped_has_no_outcome(world: Callable[[str], World]) -> None:
     """Its process is killed, its pipes are closed."""
     here = world("sleep 60")
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    before = len(open_fds())
     here.reader.begin(2)
     here.reader.drop(1)
-    assert len(os.listdir("/proc/self/fd")) == before + 2  # noqa: PTH208
+    assert len(open_fds()) == before + 2
     here.reader.drop(2)
     here.reader.drop(2)
 
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert len(open_fds()) == before
     codes: list[int] = []
 
     def reaped() -> bool:

@@ -122,6 +122,9 @@ BAD: dict[str, str] = {
     "exp a list": forged({**GOOD, "exp": [NOW + 60]}),
     "exp infinite": forged({**GOOD, "exp": float("inf")}),
     "exp minus infinite": forged({**GOOD, "exp": float("-inf")}),
+    "exp 1e308": forged({**GOOD, "exp": 1e308}),
+    "exp -1e308": forged({**GOOD, "exp": -1e308}),
+    "exp in the year 10000": forged({**GOOD, "exp": 253402300800}),
     "exp not a number": forged({**GOOD, "exp": float("nan")}),
     "nbf in the future": forged({**GOOD, "nbf": NOW + 31}),
     "nbf a string": forged({**GOOD, "nbf": "0"}),
@@ -138,7 +141,7 @@ BAD: dict[str, str] = {
     "sub with a surrogate": forged(b'{"sub":"\\ud800","exp":1e10}'),
     "sub with U+2028": forged({**GOOD, "sub": "ann\u2028"}),
 }
-EXPIRED: dict[str, object] = {"now": NOW - 30, "0": 0, "negative": -1, "-1e308": -1e308}
+EXPIRED: dict[str, object] = {"now": NOW - 30, "0": 0, "negative": -1}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -162,19 +165,15 @@ def test_expired_tokens_are_expired(when: str) -> None:
 def test_an_integer_exp_of_any_size_raises_nothing_unexpected(exponent: int, sign_of: int) -> None:
     """JSON integers have no upper end, floats do."""
     token = forged(b'{"sub":"ann","exp":%d}' % (sign_of * 10**exponent))
-    try:
-        claims = Verifier(SETTINGS).verify(token, NOW)
-    except AuthError:
-        return
-    assert NOW < claims.expires_at < 1e12
-    assert sign_of > 0
+    with pytest.raises(AuthError) as caught:
+        Verifier(SETTINGS).verify(token, NOW)
+    assert "invalid" == caught.value.outcome
 
 
 @pytest.mark.parametrize(
     "claims",
     [
         {"exp": NOW - 29},
-        {"exp": 1e308},
         {"exp": int(NOW) + 1},
         {"nbf": NOW + 29},
         {"nbf": -1},

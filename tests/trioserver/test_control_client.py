@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
 import trio
@@ -35,11 +36,12 @@ class Supervisor:
         self._hang_up = hang_up
         self._done = threading.Event()
         self._listener = socket.socket(socket.AF_UNIX)
+        path.unlink(missing_ok=True)
         self._listener.bind(str(path))
         self._listener.listen()
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
-    def __enter__(self) -> "Supervisor":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -65,7 +67,6 @@ def test_asking_returns_the_answer(path: Path) -> None:
         assert ask(path, "status", 5) == REPLY
     assert supervisor.request == b'{"op":"status","v":1}\n'
 
-    path.unlink()
     with Supervisor(path, encode(Verdict(ok=False, reason="no")) + b"\n"):
         assert ask(path, "reload", 5) == Verdict(ok=False, reason="no")
 
@@ -112,7 +113,6 @@ async def test_answers_that_are_none(path: Path, answer: bytes, problem: str) ->
         ask(path, "status", 5)
     assert str(caught.value) == problem
 
-    path.unlink()
     with Supervisor(path, answer), pytest.raises(CommandError) as caught:
         await ask_status(path)
     assert str(caught.value) == problem
@@ -134,7 +134,6 @@ async def test_no_answer_in_time(path: Path) -> None:
         ask(path, "status", 0.05)
     assert str(caught.value) == problem
 
-    path.unlink()
     with Supervisor(path, hang_up=False), pytest.raises(CommandError) as caught:
         await ask_status(path, 0.05)
     assert str(caught.value) == problem
@@ -142,9 +141,12 @@ async def test_no_answer_in_time(path: Path) -> None:
 
 async def test_an_answer_without_end_is_not_kept(path: Path) -> None:
     """A status fits into a packet; what is longer makes no sense."""
-    with Supervisor(path, *[b"x" * 60_000] * 3, hang_up=False):
-        with trio.fail_after(5), pytest.raises(CommandError, match="went away before"):
-            await ask_status(path)
+    with (
+        Supervisor(path, *[b"x" * 60_000] * 3, hang_up=False),
+        trio.fail_after(5),
+        pytest.raises(CommandError, match="went away before"),
+    ):
+        await ask_status(path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")

@@ -339,9 +339,9 @@ def test_the_same_as_the_websockets_protocol(data: bytes) -> None:
         assert ours == theirs
     else:
         assert ours == theirs
-        # A Close frame may be wrong in both ways; either may be named.
+        # One frame may be wrong in several ways at once; any of them may be named.
         either = {CODES[decoder.failure], code}
-        assert 1 == len(either) or either == {1002, 1007}
+        assert 1 == len(either) or (None not in either and either <= {1002, 1007, 1009})
 
 
 # Unmasking and encoding.

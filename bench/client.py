@@ -1,0 +1,202 @@
+"""The client process, and what is said to it.
+
+It holds the connections, publishes, reads everything and counts. A process of its own, on a core of
+its own, keeps its costs apart from the server's. There are two of it: `client.c`, compiled when it
+is needed, and `slow_client.py` for machines without a compiler. Both understand these lines on
+standard input, one at a time, and answer each with one line of JSON, a `Reply`:
+
+    =============================== ==================================================================
+    open N C G                      N more connections, C at a time; with G, wait for their greetings
+    fanout N SIZE                   N broadcasts, each published when all have the one before
+    unicast N SIZE W                N notifications, one user after the other, in rounds of W: the next
+                                    round is published when all of the last have arrived
+    echo N                          N messages from each connection, each sent when the one before has
+                                    been answered
+    latency N RATE SIZE FILE        N notifications, each published when it is due, RATE per second;
+                                    FILE gets two 64-bit integers of each, in ns: how late it was
+                                    published, and the time from when it was due until it was received
+                                    (-1 if it never was)
+    counts                          nothing; what has happened since the last reply
+    =============================== ==================================================================
+
+``SIZE`` is the length of what is published, in bytes of JSON. Every message has a number, which
+comes back in what is received, and the client ticks it off: for each connection and message there
+is one bit, so a message that comes twice, or after a later one, or not within 10 s of the last
+sign of progress, is counted as what it is. What was never asked for, a refusal and an
+end of a connection count as failed. Connections answer pings, also between the commands.
+"""
+
+import array
+import contextlib
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Literal
+
+import attrs
+import msgspec
+
+from bench import machine
+
+ANSWER_SECONDS: Final = 300.0
+"""Absolute limit of one command; what stalls ends much sooner."""
+
+COMPILE_SECONDS: Final = 60.0
+
+Kind = Literal["c", "python"]
+
+
+class BenchError(Exception):
+    """The measurement cannot be made; says why in one line."""
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one command. The counts are of all that happened since the last reply."""
+
+    units: int
+    """Connections opened, notifications received, or messages answered."""
+    wall_ns: int
+    cpu_ns: int
+    """Of the client."""
+    lost: int
+    doubled: int
+    reordered: int
+    failed: int
+    greeted: int
+    """``connection_established`` received; a server need not send it."""
+    pings: int
+    heartbeats: int
+    trouble: str
+    """The first failure, in words."""
+
+
+@attrs.frozen(kw_only=True)
+class Program:
+    """A client that can be started."""
+
+    kind: Kind
+    argv: tuple[str, ...]
+
+
+def program(directory: Path, wanted: Kind | None) -> Program:
+    """Return the client to use; compiles it into ``directory`` if there is a compiler.
+
+    Args:
+        directory: Where the program may be put.
+        wanted: Which one; None for the better one that works here.
+
+    Raises:
+        BenchError: It was to be the one in C, and that cannot be compiled.
+    """
+    slow = Program(kind="python", argv=(sys.executable, "-m", "bench.slow_client"))
+    compiler = shutil.which("cc")
+    if wanted == "python" or (wanted is None and compiler is None):
+        return slow
+    if compiler is None:
+        raise BenchError("no C compiler (cc) on PATH")
+    source, output = Path(__file__).with_name("client.c"), directory / "client"
+    compiled = subprocess.run(
+        [compiler, "-O2", "-std=gnu11", "-o", str(output), str(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=COMPILE_SECONDS,
+    )
+    if compiled.returncode == 0:
+        return Program(kind="c", argv=(str(output),))
+    if wanted == "c":
+        raise BenchError(f"client.c does not compile: {compiled.stderr}")
+    return slow
+
+
+class Client:
+    """A running client. It ends when its block does."""
+
+    def __init__(self, process: subprocess.Popen[bytes], directory: Path) -> None:
+        self._process = process
+        self._directory = directory
+        self._waiting = b""
+        self.replies: list[Reply] = []
+        """Everything it has ever answered."""
+
+    def open(self, count: int, concurrency: int, *, greets: bool) -> Reply:
+        """Open so many more connections, so many at a time."""
+        return self._ask(f"open {count} {concurrency} {int(greets)}")
+
+    def fanout(self, messages: int, size: int) -> Reply:
+        """Broadcast, one after the other."""
+        return self._ask(f"fanout {messages} {size}")
+
+    def unicast(self, messages: int, size: int, window: int) -> Reply:
+        """Notify one user after the other, in rounds."""
+        return self._ask(f"unicast {messages} {size} {window}")
+
+    def echo(self, each: int) -> Reply:
+        """Have every connection say something, so many times."""
+        return self._ask(f"echo {each}")
+
+    def latency(
+        self, messages: int, rate: int, size: int
+    ) -> tuple[Reply, "array.array[int]", "array.array[int]"]:
+        """Notify at a fixed rate; also return lateness and latency of each message, in ns."""
+        path = self._directory / "times"
+        reply = self._ask(f"latency {messages} {rate} {size} {path}")
+        times = array.array("q", path.read_bytes())
+        return reply, times[::2], times[1::2]
+
+    def counts(self) -> Reply:
+        """Only ask what has happened since the last reply."""
+        return self._ask("counts")
+
+    def _ask(self, line: str) -> Reply:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None  # noqa: S101 - for the type checker
+        assert stdout is not None  # noqa: S101 - for the type checker
+        deadline = time.monotonic() + ANSWER_SECONDS
+        try:
+            stdin.write(line.encode() + b"\n")
+        except BrokenPipeError:
+            raise BenchError(f"the client ended before {line!r}") from None
+        answer = b""
+        while not answer.endswith(b"\n"):
+            ready, _, _ = select.select([stdout], [], [], max(0.0, deadline - time.monotonic()))
+            part = os.read(stdout.fileno(), 65536) if ready else b""
+            if not part:
+                raise BenchError(f"the client did not answer {line!r}")
+            answer += part
+        reply = msgspec.json.decode(answer, type=Reply)
+        self.replies.append(reply)
+        return reply
+
+
+@contextlib.contextmanager
+def running(
+    what: Program, directory: Path, *, port: int, redis_port: int, tokens: Path
+) -> Iterator[Client]:
+    """Run a client of the server at ``port`` for the time of the block.
+
+    Args:
+        what: Which one.
+        directory: For its files.
+        port: Of the server, on the loopback.
+        redis_port: Where to publish.
+        tokens: A file with a token per line, of the users u0, u1 and so on.
+    """
+    process = subprocess.Popen(
+        [*what.argv, str(port), str(redis_port), str(tokens)],
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=machine.ROOT,
+        preexec_fn=machine.as_child,  # noqa: PLW1509 - system calls only
+    )
+    with process:
+        try:
+            yield Client(process, directory)
+        finally:
+            process.kill()

@@ -1,0 +1,149 @@
+"""A run: every scenario, as often as asked, for one server or two in turns."""
+
+import datetime as dt
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import attrs
+import jwt
+
+from bench import client, machine, results, stage
+from bench.client import BenchError, Kind
+from bench.results import Repetition, Results, Row
+from bench.scenario import Scenario
+from bench.servers import SECRET, Other, Product, Server
+from bench.stage import Plan, Props
+from supervisor.embedded import find_server
+
+TOKEN_SECONDS = 36_000
+"""Longer than any run."""
+
+Say = Callable[[str], None]
+
+
+@attrs.frozen(kw_only=True)
+class Order:
+    """What to measure."""
+
+    scenarios: Sequence[Scenario]
+    connections: tuple[int, ...] = ()
+    """Instead of each scenario's own; ascending."""
+    repeat: int = 5
+    against: Path | None = None
+    """The file of another server."""
+    plan: Plan = Plan()
+    client: Kind | None = None
+    """Which client; None for the better one."""
+
+
+def run(order: Order, say: Say) -> Results:
+    """Measure; takes about half a minute per repetition and server.
+
+    Args:
+        order: What.
+        say: Called with a line about each repetition.
+
+    Raises:
+        BenchError: Something does not start, or limits are not in force.
+    """
+    product = Product()
+    settings = product.settings()
+    other = Other(file=order.against) if order.against is not None else None
+    machine_now, load, began = machine.describe(), os.getloadavg(), dt.datetime.now(dt.UTC)
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        props = Props(
+            program=client.program(Path(directory), order.client),
+            tokens=_tokens(Path(directory), order),
+            server_core=machine_now.server_core,
+            client_core=machine_now.client_core,
+        )
+        servers: list[Server] = [product] if other is None else [product, other]
+        rows = [
+            _row(scenario, connections, order, servers, props, say)
+            for scenario in order.scenarios
+            for connections in scenario.rows(order.connections)
+        ]
+    return Results(
+        commit=machine.commit(),
+        date=began.isoformat(timespec="seconds"),
+        machine=machine_now,
+        load=load,
+        client=props.program.kind,
+        redis=_redis_version(),
+        against=f"{other.name} {other.digest}" if other is not None else None,
+        settings=settings,
+        plan=attrs.asdict(order.plan),
+        rows=rows,
+    )
+
+
+def _tokens(directory: Path, order: Order) -> Path:
+    """Write a token for each user, one per line; made before, so that nobody waits for them."""
+    rows = [row for one in order.scenarios for row in one.rows(order.connections)]
+    expires = int(time.time()) + TOKEN_SECONDS
+    path = directory / "tokens"
+    path.write_text(
+        "".join(
+            jwt.encode({"sub": f"u{user}", "exp": expires}, SECRET, algorithm="HS256") + "\n"
+            for user in range(max(count for row in rows for count in row))
+        )
+    )
+    return path
+
+
+def _redis_version() -> str:
+    command = [find_server(os.environ.get("PATH")), "--version"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
+    return done.stdout.strip()
+
+
+def _row(  # noqa: PLR0917 - what a row consists of
+    scenario: Scenario,
+    connections: tuple[int, ...],
+    order: Order,
+    servers: Sequence[Server],
+    props: Props,
+    say: Say,
+) -> Row:
+    repetitions: dict[str, list[Repetition]] = {server.name: [] for server in servers}
+    for number in range(1, order.repeat + 1):
+        # In turns, so that a machine that changes its mood does so for both.
+        for server in servers:
+            one = _play(scenario, connections, order.plan, server, props)
+            repetitions[server.name].append(one)
+            say(_line(scenario, connections, number, server, one))
+    return results.row(
+        scenario=scenario.name,
+        connections=connections,
+        headline=scenario.headline,
+        goal=scenario.goal,
+        repetitions=repetitions,
+    )
+
+
+def _play(
+    scenario: Scenario, connections: tuple[int, ...], plan: Plan, server: Server, props: Props
+) -> Repetition:
+    try:
+        with stage.set_for(server, props) as here:
+            return scenario.measure(here, plan, connections)
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{scenario.name} of {server.name}: {error}") from error
+
+
+def _line(
+    scenario: Scenario,
+    connections: tuple[int, ...],
+    number: int,
+    server: Server,
+    one: Repetition,
+) -> str:
+    at = " to ".join(f"{count:,}" for count in connections)
+    value = one.figures[scenario.headline]
+    words = f"{scenario.name} {at} #{number} {server.name}: {scenario.headline} {value:.3f}"
+    words += f", bottleneck {one.bottleneck}"
+    return words if one.valid else f"{words}  INVALID {one.counts} {one.trouble}"

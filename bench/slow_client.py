@@ -1,0 +1,488 @@
+"""The client of the load generator without a compiler: `client.c`, statement by statement.
+
+It costs several times as much, so it is the bottleneck where the other is not; the results say so.
+What it understands is described in `client.py`.
+
+    python -m bench.slow_client PORT REDIS_PORT TOKENS_FILE
+"""
+
+import array
+import contextlib
+import os
+import re
+import select
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from bench.client import Reply
+
+STALL_NS: Final = 10_000_000_000
+"""Without progress for so long, the rest is lost."""
+
+EVENTS: Final = 512
+READ_BYTES: Final = 256 << 10
+LARGEST_WINDOW: Final = 1024
+ADDRESSES: Final = 8
+"""One client address has 28,000 ports towards one server."""
+
+IP_BIND_ADDRESS_NO_PORT: Final = 24
+
+KEY: Final = "dGhlIHNhbXBsZSBub25jZQ=="
+ACCEPT: Final = b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+"""The pair of RFC 6455, 1.3."""
+
+MASK: Final = b"\x37\xfa\x21\x3d"
+TEXT: Final = 0x81
+CLOSE: Final = 0x88
+PING: Final = 0x89
+_SHORT: Final = 125
+"""Longest payload with a head of two bytes."""
+
+_NUMBER: Final = re.compile(rb'"n":(\d+)')
+_COUNT: Final = re.compile(rb'"count":(\d+)')
+
+Progress = Callable[[], int]
+
+
+class Peer:
+    """One connection."""
+
+    __slots__ = ("answered", "newest", "place", "rest", "sock", "upgraded")
+
+    def __init__(self, place: int, sock: socket.socket) -> None:
+        self.place = place
+        """Its number, and its user's: u0, u1, ..."""
+        self.sock = sock
+        self.upgraded = False
+        self.rest = b""
+        """The beginning of a frame whose end has not come yet."""
+        self.answered = 0
+        """By the end of the last phase."""
+        self.newest = -1
+        """Highest index of this phase."""
+
+
+class Phase:
+    """One command's worth of messages.
+
+    Each message has an index for each peer that is to get it; a byte per peer and index tells what
+    has come.
+    """
+
+    def __init__(self, kind: str, first: int, messages: int, each: int, peers: int) -> None:
+        self.kind = kind
+        self.first = first
+        """Number of its first message; numbers go on from phase to phase."""
+        self.messages = messages
+        self.each = each
+        self.received = 0
+        self.seen = bytearray(peers * each)
+        self.start = 0
+        self.interval = 0
+        self.latency: array.array[int] | None = None
+
+
+class SlowClient:
+    """All connections, the publisher, and the counts since the last reply."""
+
+    def __init__(self, port: int, redis_port: int, tokens: list[str]) -> None:
+        self._port = port
+        self._tokens = tokens
+        self._peers: list[Peer] = []
+        self._by_fd: dict[int, Peer] = {}
+        self._upgraded = 0
+        self._departed = 0
+        self._epoll = select.epoll()
+        self._redis = socket.create_connection(("127.0.0.1", redis_port))
+        self._redis.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._redis.sendall(b"*3\r\n$6\r\nCLIENT\r\n$5\r\nREPLY\r\n$3\r\nOFF\r\n")
+        self._phase = Phase("nothing", 0, 0, 0, 0)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._lost = self._doubled = self._reordered = self._failed = 0
+        self._greeted = self._pings = self._heartbeats = 0
+        self._trouble = ""
+
+    def _fail(self, peer: Peer, what: str, data: bytes = b"") -> None:
+        self._failed += 1
+        if not self._trouble:
+            words = data[:100].decode("ascii", "replace")
+            self._trouble = f"connection {peer.place}: {what} {words}"
+
+    def _gone(self, peer: Peer, why: str, data: bytes = b"") -> None:
+        self._fail(peer, why, data)
+        self._departed += 1
+        self._by_fd.pop(peer.sock.fileno(), None)
+        peer.sock.close()
+
+    # Sending
+
+    def _send_frame(self, peer: Peer, opcode: int, payload: bytes) -> None:
+        size = len(payload)
+        key = int.from_bytes((MASK * ((size + 3) >> 2))[:size], "little")
+        masked = (int.from_bytes(payload, "little") ^ key).to_bytes(size, "little")
+        frame = bytes((0x80 | opcode, 0x80 | size)) + MASK + masked
+        try:
+            sent = peer.sock.send(frame)
+        except OSError:
+            sent = 0
+        if sent != len(frame):
+            self._gone(peer, "cannot send")
+
+    def _send_echo(self, peer: Peer, index: int) -> None:
+        number = peer.answered + index + 1
+        self._send_frame(peer, 1, b'{"type":"message","payload":{"n":%d}}' % number)
+
+    @staticmethod
+    def _publication(user: int | None, number: int, size: int) -> bytes:
+        body = b'{"type":"notification","payload":{"n":%d,"pad":"' % number
+        body += b"x" * (size - 3 - len(body)) + b'"}}'
+        channel = b"channels:broadcast" if user is None else b"user_noti:u%d" % user
+        return b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
+            len(channel),
+            channel,
+            len(body),
+            body,
+        )
+
+    # Receiving
+
+    def _record(self, peer: Peer, index: int) -> bool:
+        """Account for one index of the phase at ``peer``; return whether it is new."""
+        phase = self._phase
+        at = peer.place * phase.each + index
+        if phase.seen[at]:
+            self._doubled += 1
+            return False
+        phase.seen[at] = 1
+        phase.received += 1
+        if index < peer.newest:
+            self._reordered += 1
+        else:
+            peer.newest = index
+        return True
+
+    def _take_notification(self, peer: Peer, text: bytes) -> None:
+        phase = self._phase
+        found = _NUMBER.search(text)
+        place = int(found[1]) - phase.first if found else 0
+        peers = len(self._peers)
+        if not found or place >= phase.messages:
+            self._fail(peer, "never published:", text)
+        elif place < 0:
+            self._doubled += 1  # Of an earlier phase.
+        elif phase.kind == "fanout":
+            self._record(peer, place)
+        elif place % peers != peer.place:
+            self._fail(peer, "not for this user:", text)
+        elif self._record(peer, place // peers) and phase.latency is not None:
+            due = phase.start + place * phase.interval
+            phase.latency[place] = time.monotonic_ns() - due
+
+    def _take_answer(self, peer: Peer, text: bytes) -> None:
+        phase = self._phase
+        counted, echoed = _COUNT.search(text), _NUMBER.search(text)
+        count = int(counted[1]) if counted else 0
+        index = count - 1 - peer.answered
+        if count < 1 or (echoed and int(echoed[1]) != count) or index >= phase.each:
+            self._fail(peer, "never asked for:", text)
+        elif index < 0:
+            self._doubled += 1
+        elif phase.kind != "echo":
+            self._fail(peer, "never asked for:", text)
+        elif self._record(peer, index) and index + 1 < phase.each:
+            self._send_echo(peer, index + 1)
+
+    def _take_text(self, peer: Peer, text: bytes) -> None:
+        if text.startswith(b'{"type":"notification"'):
+            self._take_notification(peer, text)
+        elif text.startswith(b'{"type":"message_response"'):
+            self._take_answer(peer, text)
+        elif text.startswith(b'{"type":"connection_established"'):
+            self._greeted += 1
+        elif text.startswith(b'{"type":"heartbeat"'):
+            self._heartbeats += 1
+        else:
+            self._fail(peer, "not expected:", text)
+
+    def _take_frame(self, peer: Peer, data: bytes, start: int) -> int:
+        """Process the frame at ``start``; return where it ends, ``start`` if it is incomplete."""
+        available = len(data) - start
+        if available < 2:  # noqa: PLR2004 - the shortest head
+            return start
+        length, head = data[start + 1], 2
+        if length > _SHORT:
+            head = 4 if length == _SHORT + 1 else 10
+            length = int.from_bytes(data[start + 2 : start + head], "big")
+        end = start + head + length
+        if available < head or end > len(data):
+            return start
+        payload = data[start + head : end]
+        if data[start] == TEXT:
+            self._take_text(peer, payload)
+        elif data[start] == PING:
+            self._pings += 1
+            self._send_frame(peer, 10, payload)
+        elif data[start] == CLOSE:
+            self._gone(peer, "closed by the server", payload[2:])
+        else:
+            self._gone(peer, "no frame of ours")
+        return end
+
+    def _take_head(self, peer: Peer, data: bytes) -> int:
+        end = data.find(b"\r\n\r\n") + 4
+        if end < 4:  # noqa: PLR2004 - not found
+            return 0
+        if not data.startswith(b"HTTP/1.1 101 ") or ACCEPT not in data[:end]:
+            self._gone(peer, "refused:", data[:end])
+            return end
+        peer.upgraded = True
+        self._upgraded += 1
+        return end
+
+    def _readable(self, peer: Peer) -> None:
+        try:
+            data = peer.sock.recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._gone(peer, "connection lost")
+            return
+        if peer.rest:
+            data = peer.rest + data
+        taken = 0 if peer.upgraded else self._take_head(peer, data)
+        before = -1
+        while peer.upgraded and taken != before and peer.sock.fileno() >= 0:
+            before = taken
+            taken = self._take_frame(peer, data, taken)
+        peer.rest = data[taken:]
+
+    def turn(self, seconds: float) -> None:
+        """Process what has come; wait for it for at most so long."""
+        by_fd = self._by_fd
+        for fd, _ in self._epoll.poll(seconds, EVENTS):
+            peer = by_fd.get(fd)
+            if peer is not None:
+                self._readable(peer)
+
+    def _reach(self, progress: Progress, goal: int) -> bool:
+        """Turn until ``progress()`` is ``goal``; return False if nothing moves any more."""
+        seen, deadline = progress(), time.monotonic_ns() + STALL_NS
+        while (now := progress()) < goal:
+            self.turn(0.1)
+            if now != seen:
+                seen, deadline = now, time.monotonic_ns() + STALL_NS
+            elif time.monotonic_ns() > deadline:
+                return False
+        return True
+
+    def _received(self) -> int:
+        return self._phase.received
+
+    # Commands
+
+    def perform(self, line: str) -> Reply:
+        """Do what a line says, and say what became of it."""
+        name, *words = line.split(maxsplit=4)
+        wall, cpu = time.monotonic_ns(), time.process_time_ns()
+        match name, *map(int, words[:3]):
+            case "open", count, concurrency, greets:
+                units = self._open(count, concurrency, greets=bool(greets))
+            case "fanout", messages, size:
+                units = self._fanout(messages, size)
+            case "unicast", messages, size, window:
+                units = self._unicast(messages, size, window)
+            case "echo", each:
+                units = self._echo(each)
+            case "latency", messages, rate, size:
+                units = self._latency(messages, rate, size, Path(words[3]))
+            case "counts", *_:
+                units = 0
+            case _:
+                sys.exit(f"client: not understood: {line}")
+        reply = Reply(
+            units=units,
+            wall_ns=time.monotonic_ns() - wall,
+            cpu_ns=time.process_time_ns() - cpu,
+            lost=self._lost,
+            doubled=self._doubled,
+            reordered=self._reordered,
+            failed=self._failed,
+            greeted=self._greeted,
+            pings=self._pings,
+            heartbeats=self._heartbeats,
+            trouble=self._trouble,
+        )
+        self._clear()
+        return reply
+
+    def _begin(self, kind: str, messages: int, each: int) -> Phase:
+        first = self._phase.first + self._phase.messages
+        self._phase = Phase(kind, first, messages, each, len(self._peers))
+        for peer in self._peers:
+            peer.newest = -1
+        return self._phase
+
+    def _end(self, expected: int) -> int:
+        phase = self._phase
+        self._lost += expected - phase.received
+        if phase.kind == "echo":
+            for peer in self._peers:
+                peer.answered += phase.each
+        self._phase = Phase("nothing", phase.first + phase.messages, 0, 0, 0)
+        return phase.received
+
+    def _connect(self) -> None:
+        place = len(self._peers)
+        sock = socket.socket()
+        peer = Peer(place, sock)
+        self._peers.append(peer)
+        sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # No TIME_WAIT: the next run needs the ports.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.settimeout(5)
+        request = (
+            f"GET /ws?token={self._tokens[place]} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\n"
+            f"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: {KEY}\r\n"
+            "Sec-WebSocket-Version: 13\r\n\r\n"
+        )
+        try:
+            sock.bind((f"127.0.0.{1 + place % ADDRESSES}", 0))
+            sock.connect(("127.0.0.1", self._port))
+            sock.sendall(request.encode())
+        except OSError as error:
+            self._gone(peer, f"cannot connect: {error}")
+            return
+        sock.setblocking(False)
+        self._by_fd[sock.fileno()] = peer
+        self._epoll.register(sock.fileno(), select.EPOLLIN)
+
+    def _open(self, count: int, concurrency: int, *, greets: bool) -> int:
+        before, departed = self._upgraded, self._departed
+        count = min(count, len(self._tokens) - len(self._peers))
+        started = settled = 0
+        deadline = time.monotonic_ns() + STALL_NS
+        while settled < count and time.monotonic_ns() < deadline:
+            while started < count and started - settled < concurrency:
+                self._connect()
+                started += 1
+            self.turn(0.1)
+            now = self._upgraded - before + self._departed - departed
+            if now != settled:
+                settled, deadline = now, time.monotonic_ns() + STALL_NS
+        opened = self._upgraded - before
+        self._failed += max(0, count - settled)
+        if greets and not self._reach(lambda: self._greeted, opened):
+            self._lost += opened - self._greeted
+        return opened
+
+    def _fanout(self, messages: int, size: int) -> int:
+        phase = self._begin("fanout", messages, messages)
+        receivers = len(self._by_fd)
+        for place in range(messages):
+            self._redis.sendall(self._publication(None, phase.first + place, size))
+            if not self._reach(self._received, (place + 1) * receivers):
+                break
+        return self._end(messages * receivers)
+
+    def _unicast(self, messages: int, size: int, window: int) -> int:
+        peers = len(self._peers)
+        phase = self._begin("unicast", messages, -(-messages // peers))
+        for sent in range(0, messages, window):
+            stop = min(sent + window, messages)
+            self._publish_users(phase, range(sent, stop), size)
+            if not self._reach(self._received, stop):
+                break
+        return self._end(messages)
+
+    def _publish_users(self, phase: Phase, places: range, size: int) -> None:
+        peers = len(self._peers)
+        self._redis.sendall(
+            b"".join(self._publication(at % peers, phase.first + at, size) for at in places)
+        )
+
+    def _echo(self, each: int) -> int:
+        self._begin("echo", 0, each)
+        peers = list(self._by_fd.values())
+        for peer in peers if each else ():
+            self._send_echo(peer, 0)
+        expected = each * len(peers)
+        self._reach(self._received, expected)
+        return self._end(expected)
+
+    def _latency(self, messages: int, rate: int, size: int, path: Path) -> int:
+        phase = self._begin("unicast", messages, -(-messages // len(self._peers)))
+        late = array.array("q", [-1]) * messages
+        phase.latency = array.array("q", [-1]) * messages
+        phase.interval = 1_000_000_000 // rate
+        phase.start = time.monotonic_ns() + 1_000_000
+        sent, seen, deadline = 0, -1, 0
+        while phase.received < messages:
+            now = time.monotonic_ns()
+            due = min((now - phase.start) // phase.interval + 1, messages, sent + LARGEST_WINDOW)
+            if due > sent:
+                for place in range(sent, due):
+                    late[place] = now - (phase.start + place * phase.interval)
+                self._publish_users(phase, range(sent, due), size)
+                sent = due
+            if sent + phase.received != seen:
+                seen, deadline = sent + phase.received, now + STALL_NS
+            elif now > deadline:
+                break
+            self._turn_until(phase.start + sent * phase.interval if sent < messages else None)
+        path.write_bytes(struct.pack(f"{2 * messages}q", *_interleaved(late, phase.latency)))
+        return self._end(messages)
+
+    def _turn_until(self, moment_ns: int | None) -> None:
+        """Wait until something comes or that moment does; an epoll alone waits whole ms."""
+        seconds = 0.1
+        if moment_ns is not None:
+            seconds = max(0.0, (moment_ns - time.monotonic_ns()) / 1e9)
+        if select.select([self._epoll], [], [], seconds)[0]:
+            self.turn(0)
+
+    def serve(self) -> None:
+        """Obey standard input until it ends."""
+        waiting = select.poll()
+        waiting.register(0, select.POLLIN)
+        waiting.register(self._epoll.fileno(), select.POLLIN)
+        line = b""
+        while True:
+            ready = dict(waiting.poll())
+            if self._epoll.fileno() in ready:
+                self.turn(0)
+            if 0 not in ready:
+                continue
+            part = os.read(0, 2000)
+            if not part:
+                return  # Whoever started this has no more to ask.
+            line += part
+            if line.endswith(b"\n"):
+                answer = msgspec.json.encode(self.perform(line.decode()))
+                os.write(1, answer + b"\n")
+                line = b""
+
+
+def _interleaved(late: "array.array[int]", latency: "array.array[int]") -> list[int]:
+    return [value for pair in zip(late, latency, strict=True) for value in pair]
+
+
+def main(port: str, redis_port: str, tokens: str) -> None:
+    """Run the client."""
+    with contextlib.suppress(KeyboardInterrupt):
+        SlowClient(int(port), int(redis_port), Path(tokens).read_text().split()).serve()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,34 @@
+"""The frame decoder against wsproto: the same streams, cut at the same random places."""
+
+import pytest
+from hypothesis import example, given, settings
+
+from tests.conformance.oracles import DIFFERENCES, difference
+from tests.conformance.streams import CLOSE_CODES, GARBLED, HEADERS, pieces
+from tests.trioserver.wire import BINARY, TEXT, close, frame
+
+
+@settings(max_examples=2000, deadline=None)
+@given(pieces())
+@example([frame(TEXT, b"\xc3", fin=False), frame(0, b"\xa4")])
+@example([frame(TEXT, b"a", fin=False) + frame(BINARY, b"b")[:2]])
+@example([frame(TEXT, b"\xffabc")[:-2]])
+def test_random_streams_mean_the_same_to_wsproto(stream: list[bytes]) -> None:
+    """Messages, control frames and close codes are the same, but for `DIFFERENCES`."""
+    assert difference(stream) is None, DIFFERENCES
+
+
+@pytest.mark.parametrize("step", [1, 1 << 20])
+def test_known_hard_streams_mean_the_same_to_wsproto(step: int) -> None:
+    """Wrong headers, every close code and every kind of garbled text, whole and in bytes."""
+    streams = [
+        *HEADERS,
+        *(close(code, b"bye") for code in (*range(900, 3100), *CLOSE_CODES)),
+        *(close(1000, garbled) for garbled in GARBLED),
+        *(frame(TEXT, garbled) for garbled in GARBLED),
+        *(frame(TEXT, garbled, fin=False) + frame(0, b"z") for garbled in GARBLED),
+        *(frame(TEXT, bytes((byte,)), fin=False) + frame(0, b"\x80") for byte in range(256)),
+    ]
+    for stream in streams:
+        cut = [stream[i : i + step] for i in range(0, len(stream), step)]
+        assert difference(cut) is None, stream
