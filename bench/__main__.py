@@ -14,7 +14,7 @@ from bench.scenarios import SCENARIOS
 from bench.stage import Plan
 
 
-class _Numbers(click.ParamType):
+class _Numbers(click.ParamType):  # type: ignore[type-arg]
     """Positive numbers, separated by commas; in ascending order."""
 
     name = "N,N"
@@ -57,7 +57,7 @@ def cli() -> None:
 )
 @click.option("--client", type=click.Choice(get_args(Kind)), help="Default: c, if there is cc.")
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Where to keep it all.")
-def run_command(  # noqa: PLR0913, PLR0917 - click's
+def run_command(
     scenarios: tuple[str, ...],
     connections: tuple[int, ...] | None,
     repeat: int,

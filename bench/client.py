@@ -5,19 +5,19 @@ its own, keeps its costs apart from the server's. There are two of it: `client.c
 is needed, and `slow_client.py` for machines without a compiler. Both understand these lines on
 standard input, one at a time, and answer each with one line of JSON, a `Reply`:
 
-    =============================== ==================================================================
-    open N C G                      N more connections, C at a time; with G, wait for their greetings
-    fanout N SIZE                   N broadcasts, each published when all have the one before
-    unicast N SIZE W                N notifications, one user after the other, in rounds of W: the next
-                                    round is published when all of the last have arrived
-    echo N                          N messages from each connection, each sent when the one before has
-                                    been answered
-    latency N RATE SIZE FILE        N notifications, each published when it is due, RATE per second;
-                                    FILE gets two 64-bit integers of each, in ns: how late it was
-                                    published, and the time from when it was due until it was received
-                                    (-1 if it never was)
-    counts                          nothing; what has happened since the last reply
-    =============================== ==================================================================
+    ======================= =======================================================================
+    open N C G              N more connections, C at a time; with G, wait for their greetings
+    fanout N SIZE           N broadcasts, each published when all have the one before
+    unicast N SIZE W        N notifications, one user after the other, in rounds of W: the next
+                            round is published when all of the last have arrived
+    echo N                  N messages from each connection, each sent when the one before has been
+                            answered
+    latency N RATE SIZE F   N notifications, RATE per second, each published when it is due; the
+                            file F gets two 64-bit integers of each, in ns: how late it was
+                            published, and the time from when it was due until it was received (-1
+                            if it never was)
+    counts                  nothing; what has happened since the last reply
+    ======================= =======================================================================
 
 ``SIZE`` is the length of what is published, in bytes of JSON. Every message has a number, which
 comes back in what is received, and the client ticks it off: for each connection and message there

@@ -1,6 +1,6 @@
 """Results for people: a table for the terminal, a page for the repository."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from bench.results import Repetition, Results, Row, Spread
@@ -75,17 +75,17 @@ def _page(results: Results) -> Iterator[str]:
 def _everything(results: Results) -> Iterator[str]:
     other = _other(results)
     lines = [["scenario", "connections", "figure", *_servers(results), "ratio"]]
-    for row in results.rows:
-        for name in row.figures[_servers(results)[0]]:
-            lines.append(
-                [
-                    row.scenario,
-                    _connections(row),
-                    name,
-                    *(_spread(row.figures[server].get(name)) for server in _servers(results)),
-                    _spread(row.ratios.get(name)) if other else _EMPTY,
-                ]
-            )
+    lines.extend(
+        [
+            row.scenario,
+            _connections(row),
+            name,
+            *(_spread(row.figures[server].get(name)) for server in _servers(results)),
+            _spread(row.ratios.get(name)) if other else _EMPTY,
+        ]
+        for row in results.rows
+        for name in row.figures[_servers(results)[0]]
+    )
     yield from _markdown(lines)
     yield ""
     lines = [["scenario", "connections", "server", "worker", "Redis", "client", "others", "slow"]]
@@ -122,26 +122,26 @@ def counts(results: Results) -> str:
 
 
 def warnings(results: Results) -> list[str]:
-    """Return a line about each row that should not be believed as it stands."""
+    """Return a line for each reason not to believe some of it."""
     said = []
-    for row in results.rows:
-        for server, repetitions in row.repetitions.items():
-            where = f"{row.scenario} {_connections(row)}, {server}"
-            for words, which in (
-                ("INVALID", [one for one in repetitions if not one.valid]),
-                (
-                    "the client was the bottleneck",
-                    [one for one in repetitions if one.bottleneck == "client"],
-                ),
-                (
-                    "something else ran on the worker's core",
-                    [one for one in repetitions if one.shares.others > DISTURBED],
-                ),
-            ):
-                if which:
-                    times = f"{len(which)} of {len(repetitions)}"
-                    said.append(f"{where}: {words} ({times}){_trouble(which)}")
+    for words, wrong in _SUSPICIONS:
+        places = [
+            f"{row.scenario} {_connections(row)} {server} ({len(which)} of {len(repetitions)}"
+            f"{_trouble(which)})"
+            for row in results.rows
+            for server, repetitions in row.repetitions.items()
+            if (which := [one for one in repetitions if wrong(one)])
+        ]
+        if places:
+            said.append(f"{words}: {', '.join(places)}")
     return said
+
+
+_SUSPICIONS: Final[Sequence[tuple[str, Callable[[Repetition], bool]]]] = (
+    ("INVALID", lambda one: not one.valid),
+    ("The client was the bottleneck", lambda one: one.bottleneck == "client"),
+    ("Something else ran on the worker's core", lambda one: one.shares.others > DISTURBED),
+)
 
 
 def _trouble(repetitions: Sequence[Repetition]) -> str:

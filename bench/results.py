@@ -109,7 +109,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     rows: list[Row]
 
 
-def row(  # noqa: PLR0913 - values, all named
+def row(
     *,
     scenario: str,
     connections: tuple[int, ...],

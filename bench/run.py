@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 import attrs
 import jwt
@@ -19,7 +20,7 @@ from bench.servers import SECRET, Other, Product, Server
 from bench.stage import Plan, Props
 from supervisor.embedded import find_server
 
-TOKEN_SECONDS = 36_000
+TOKEN_SECONDS: Final = 36_000
 """Longer than any run."""
 
 Say = Callable[[str], None]
@@ -35,7 +36,7 @@ class Order:
     repeat: int = 5
     against: Path | None = None
     """The file of another server."""
-    plan: Plan = Plan()
+    plan: Plan = attrs.field(factory=Plan)
     client: Kind | None = None
     """Which client; None for the better one."""
 
@@ -101,7 +102,7 @@ def _redis_version() -> str:
     return done.stdout.strip()
 
 
-def _row(  # noqa: PLR0917 - what a row consists of
+def _row(
     scenario: Scenario,
     connections: tuple[int, ...],
     order: Order,

@@ -227,8 +227,9 @@ class Other:
     """A Python file that is a server: ``python FILE PORT REDIS_PORT WORKERS``.
 
     Expected of it: a WebSocket at ``/ws?token=`` with tokens signed with `SECRET`, workers that are
-    its children, the channels ``user_noti:<user>`` and ``channels:broadcast`` in Redis, each message
-    of type ``message`` answered with a ``message_response`` that counts, and an end at SIGINT.
+    its children, the channels ``user_noti:<user>`` and ``channels:broadcast`` in Redis, each
+    message of type ``message`` answered with a ``message_response`` that counts, and an end at
+    SIGINT.
     """
 
     file: Path
@@ -320,6 +321,6 @@ def _until(
     while not (value := condition()):
         if process.poll() is not None or time.monotonic() > deadline:
             words = log.read_text(errors="replace")[-2000:]
-            raise BenchError(f"{process.args} did not start: {words}")
+            raise BenchError(f"{process.args!r} did not start: {words}")
         time.sleep(POLL_SECONDS)
     return value

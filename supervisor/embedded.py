@@ -67,6 +67,9 @@ def server_argv(program: str, state: StateDir) -> list[str]:
         *("--port", "0"),  # No TCP: whoever may not open the directory may not talk to it.
         *("--dir", str(state.redis_dir)),
         *("--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
+        # Plain commands throughout: the binary format of one server's release is not readable by
+        # the other's, and which of them is found may change when something is installed.
+        *("--aof-use-rdb-preamble", "no"),
         # A full memory must refuse writes, not drop what was accepted.
         *("--maxmemory-policy", "noeviction"),
         # A worker that is busy for a moment must not lose its subscription (Redis: 32 MB, 8 MB).

@@ -35,10 +35,11 @@ import trio
 from trioserver import frames, messages, session
 from trioserver.auth import Claims, Verifier
 from trioserver.clock import Stamp
+from trioserver.deflate import Compressor, inflate
 from trioserver.errors import AuthError, CloseReason
 from trioserver.hub import Hub
 from trioserver.metrics import Tally
-from trioserver.outbox import Outbox, OutboxLimits
+from trioserver.outbox import DeflatingOutbox, Outbox, OutboxLimits
 from trioserver.pump import READ, WRITE, Pump
 from trioserver.timers import IDLE
 
@@ -121,6 +122,8 @@ class Shared:
     log_end: Callable[["Connection", CloseReason], None]
     blocked: "set[Connection]" = attrs.field(factory=set)
     """Connections whose outbox waits for the socket: usually few or none."""
+    compressor: Compressor | None = None
+    """Compresses notifications for those who negotiated it; None if nobody may."""
     stamp: Stamp = attrs.field(factory=Stamp)
     rng: random.Random = attrs.field(factory=random.Random)
 
@@ -139,6 +142,7 @@ class Connection:
         greeting: The 101 answer, not sent yet.
         claims: Of the credential in the handshake, or None if one must follow as a message.
         early: Bytes that came behind the request head.
+        deflate: Whether permessage-deflate was negotiated.
     """
 
     __slots__ = (
@@ -175,6 +179,8 @@ class Connection:
         greeting: bytes,
         claims: Claims | None,
         early: bytes = b"",
+        *,
+        deflate: bool = False,
     ) -> None:
         now = shared.pump.now
         self._shared = shared
@@ -184,8 +190,14 @@ class Connection:
         self.connection_id = connection_id
         self.reason: CloseReason | None = None
         """Why the connection ends; None while it lives."""
-        self._outbox = Outbox(sock, shared.outbox_limits, self)
-        self._decoder = frames.Decoder(shared.max_message)
+        if deflate and shared.compressor is not None:
+            self._outbox: Outbox = DeflatingOutbox(
+                sock, shared.outbox_limits, self, shared.compressor
+            )
+            self._decoder = frames.Decoder(shared.max_message, inflate=inflate)
+        else:
+            self._outbox = Outbox(sock, shared.outbox_limits, self)
+            self._decoder = frames.Decoder(shared.max_message)
         self._session = session.Session(claims.user if claims else None)
         self._claims = claims
         self._greeting = greeting

@@ -61,7 +61,7 @@ class Delivery:
         outboxes = self.hub.outboxes(topic)
         for start in range(0, len(outboxes), OFFERS_PER_TURN):
             turn = outboxes[start : start + OFFERS_PER_TURN]
-            accepted = sum([outbox.offer(frame) for outbox in turn])
+            accepted = sum([outbox.deliver(frame) for outbox in turn])
             self._count(accepted, len(turn) - accepted, len(frame))
             await trio.lowlevel.checkpoint()
 

@@ -18,6 +18,9 @@ Theory of operation
     Fragments are counted, empty ones too, because each costs work while adding no bytes. Text is
     checked as UTF-8 fragment by fragment, so that garbage fails when it arrives, not at the end.
 
+Compressed messages (where permessage-deflate was negotiated) take the long path. They are bounded
+    twice: as they come by what was announced, and inflated by the same limit.
+
 What must change together
     `Decoder` and `tests/trioserver/test_frames.py`, which holds it against the `websockets`
     Sans-I/O protocol.
@@ -77,10 +80,14 @@ class Decoder:
     Args:
         limit: Bytes of payload a message may have; 0 means no limit.
         max_fragments: Frames a message may consist of, empty ones included.
+        inflate: Takes a compressed message and the limit, and returns it inflated, or why not.
+            None where compression was not negotiated.
     """
 
     __slots__ = (
+        "_compressed",
         "_count",
+        "_inflate",
         "_limit",
         "_max_fragments",
         "_needed",
@@ -92,11 +99,19 @@ class Decoder:
         "failure",
     )
 
-    def __init__(self, limit: int, max_fragments: int = MAX_FRAGMENTS) -> None:
+    def __init__(
+        self,
+        limit: int,
+        max_fragments: int = MAX_FRAGMENTS,
+        inflate: "Callable[[bytes, int], bytes | CloseReason] | None" = None,
+    ) -> None:
         self.failure: CloseReason | None = None
         """Why decoding has stopped for good; ``CloseReason.PEER_CLOSED`` after a Close frame."""
         self._limit = limit
         self._max_fragments = max_fragments
+        self._inflate = inflate
+        self._compressed = False
+        """Whether the message being assembled is compressed."""
         self._tail: bytearray | None = None
         """The beginning of a frame whose end has not arrived."""
         self._needed = 0
@@ -206,7 +221,7 @@ class Decoder:
         opcode = first & 0x0F
         bad = (
             not second & _MASKED  # RFC 6455 5.1: a client must mask
-            or first & 0x70  # reserved bits: no extension was negotiated
+            or (first & 0x70 and not self._may_be_compressed(first))  # reserved bits
             or opcode not in {CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG}
         )
         if not bad and opcode >= CLOSE:
@@ -215,6 +230,10 @@ class Decoder:
             # A continuation needs a message to continue; a new message must wait for its end.
             bad = (opcode == CONTINUATION) == (self._opcode == 0)
         return CloseReason.PROTOCOL_ERROR if bad else None
+
+    def _may_be_compressed(self, first: int) -> bool:
+        """Whether the reserved bits are RSV1 alone, on the first frame of a message."""
+        return self._inflate is not None and first & 0x7C == 0x40 and first & 0x03 != 0  # noqa: PLR2004
 
     def _control(self, opcode: int, payload: bytes, events: list[Event]) -> None:
         if opcode == CLOSE:
@@ -228,15 +247,13 @@ class Decoder:
         final = bool(first & 0x80)
         opcode = first & 0x0F
         if opcode and final:
-            if opcode == TEXT and not _is_utf8(payload):
-                self.failure = CloseReason.INVALID_UTF8
-            else:
-                events.append((opcode, payload))
+            self._whole(opcode, payload, events, compressed=bool(first & 0x40), checked=False)
             return
         if opcode:
             self._opcode = opcode
             self._parts = []
-            self._utf8 = _utf8_decoder() if opcode == TEXT else None
+            self._compressed = bool(first & 0x40)
+            self._utf8 = _utf8_decoder() if opcode == TEXT and not self._compressed else None
         self._count += 1
         if self._count > self._max_fragments:
             self.failure = CloseReason.TOO_BIG
@@ -253,9 +270,25 @@ class Decoder:
             parts.append(payload)
             self._size += len(payload)
         if final:
-            events.append((self._opcode, b"".join(parts)))
+            opcode = self._opcode
             self._opcode = self._size = self._count = 0
             self._parts = self._utf8 = None
+            self._whole(opcode, b"".join(parts), events, compressed=self._compressed, checked=True)
+
+    def _whole(
+        self, opcode: int, payload: bytes, events: list[Event], *, compressed: bool, checked: bool
+    ) -> None:
+        """Take a message that is complete; ``checked`` if its characters are known to be right."""
+        if compressed and self._inflate is not None:
+            inflated = self._inflate(payload, self._limit)
+            if isinstance(inflated, CloseReason):
+                self.failure = inflated
+                return
+            payload, checked = inflated, False
+        if opcode == TEXT and not checked and not _is_utf8(payload):
+            self.failure = CloseReason.INVALID_UTF8
+        else:
+            events.append((opcode, payload))
 
 
 def _is_utf8(payload: bytes) -> bool:
@@ -290,6 +323,12 @@ def encode(opcode: int, payload: bytes) -> bytes:
     if size < 1 << 16:
         return bytes((0x80 | opcode, _TWO_BYTES)) + size.to_bytes(2, "big") + payload
     return bytes((0x80 | opcode, _EIGHT_BYTES)) + size.to_bytes(8, "big") + payload
+
+
+def payload_of(frame: bytes) -> bytes:
+    """Return the payload of one whole unmasked frame, as `encode` makes it."""
+    length = frame[1]
+    return frame[2 if length < _TWO_BYTES else 4 if length == _TWO_BYTES else 10 :]
 
 
 def encode_text(payload: bytes) -> bytes:

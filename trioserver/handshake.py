@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl
 import attrs
 import httptools
 
-from trioserver import health
+from trioserver import deflate, health
 
 SUBPROTOCOL: Final = "trioserver.v1"
 """The one sub-protocol this server selects."""
@@ -208,6 +208,8 @@ class Upgrade:
     subprotocol: str | None
     token: str | None
     """From ``Authorization: Bearer`` or the sub-protocol ``bearer.<jwt>``."""
+    deflate: bool = False
+    """Whether permessage-deflate is agreed on."""
 
     def response(self) -> bytes:
         """Return the whole 101 answer."""
@@ -217,14 +219,20 @@ class Upgrade:
             if self.subprotocol is None
             else b"Sec-WebSocket-Protocol: %b\r\n" % self.subprotocol.encode("ascii")
         )
+        if self.deflate:
+            chosen += b"Sec-WebSocket-Extensions: %b\r\n" % deflate.ACCEPTED.encode("ascii")
         return (
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Accept: %b\r\n%b\r\n" % (accept, chosen)
         )
 
 
-def upgrade(request: Request) -> Upgrade:
+def upgrade(request: Request, *, may_deflate: bool = False) -> Upgrade:
     """Check ``request`` as a WebSocket handshake.
+
+    Args:
+        request: A well-formed one.
+        may_deflate: Whether to agree on permessage-deflate if it is offered.
 
     Raises:
         Refusal: 405, 426 or 400, in this order of questions: is it a GET, does it ask for
@@ -251,7 +259,9 @@ def upgrade(request: Request) -> Upgrade:
     if not right:
         raise Refusal(400, "Sec-WebSocket-Key must be 16 bytes in base64")
     subprotocol, token = _subprotocols(request.header(b"sec-websocket-protocol"))
-    return Upgrade(key, subprotocol, _bearer(request) or token)
+    offers = request.header(b"sec-websocket-extensions") if may_deflate else None
+    agreed = offers is not None and deflate.acceptable(offers)
+    return Upgrade(key, subprotocol, _bearer(request) or token, deflate=agreed)
 
 
 def _lists(headers: dict[bytes, bytes], name: bytes, token: bytes) -> bool:

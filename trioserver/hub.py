@@ -51,10 +51,10 @@ class Hub:
             return 0, 0
         if len(outboxes) == 1:
             (outbox,) = outboxes
-            return (1, 0) if outbox.offer(frame) else (0, 1)
+            return (1, 0) if outbox.deliver(frame) else (0, 1)
         # A snapshot, because an outbox that breaks or overflows removes itself meanwhile.
         snapshot = tuple(outboxes)
-        accepted = sum([outbox.offer(frame) for outbox in snapshot])
+        accepted = sum([outbox.deliver(frame) for outbox in snapshot])
         return accepted, len(snapshot) - accepted
 
     def outboxes(self, topic: bytes) -> tuple[Outbox, ...]:

@@ -90,7 +90,7 @@ class Listener:
         Raises:
             Refusal: Anything but a yes.
         """
-        upgrade = handshake.upgrade(request)
+        upgrade = handshake.upgrade(request, may_deflate=self.shared.compressor is not None)
         if self.draining or 0 < self.max_connections <= len(self.connections):
             why = "the server is going away" if self.draining else "the server is full"
             raise Refusal(503, why, (("Retry-After", str(RETRY_AFTER_SECONDS)),))
@@ -115,13 +115,21 @@ class Listener:
         return claims
 
     def start(
-        self, sock: socket.socket, greeting: bytes, claims: Claims | None, early: bytes
+        self,
+        sock: socket.socket,
+        greeting: bytes,
+        claims: Claims | None,
+        early: bytes,
+        *,
+        deflate: bool = False,
     ) -> Connection:
         """Turn a socket into a connection with a task of its own; the 101 is ``greeting``."""
         nursery = self._nursery
         assert nursery is not None  # noqa: S101 - for the type checker: open() came first
         connection_id = f"{self.worker_id}-{next(self._numbers):x}"
-        connection = Connection(self.shared, sock, connection_id, greeting, claims, early)
+        connection = Connection(
+            self.shared, sock, connection_id, greeting, claims, early, deflate=deflate
+        )
         self.connections.add(connection)
         nursery.start_soon(self._live, connection)
         return connection
@@ -185,7 +193,9 @@ class Arrival:
         upgrade, claims = listener.judge(request)
         pump = listener.shared.pump
         pump.wheel.cancel(self)
-        connection = listener.start(self._sock, upgrade.response(), claims, rest)
+        connection = listener.start(
+            self._sock, upgrade.response(), claims, rest, deflate=upgrade.deflate
+        )
         pump.replace(connection)
 
     def _refuse(self, refusal: Refusal) -> None:

@@ -234,6 +234,13 @@ class Settings:
         True,
         "Whether a token may come in the query of the URL, where proxies may log it.",
     )
+    ws_deflate: bool = setting(
+        CONNECTIONS,
+        BOOLEAN,
+        False,
+        "Whether clients may negotiate permessage-deflate. Saves bandwidth on notifications of "
+        "a kilobyte and more, costs CPU.",
+    )
     ws_ping_interval: float = setting(
         CONNECTIONS,
         DURATION,

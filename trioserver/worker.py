@@ -32,6 +32,7 @@ from trioserver import health, logs
 from trioserver.auth import Verifier
 from trioserver.canary import Canary
 from trioserver.connection import CLOSE_SECONDS, Connection, Pace, Shared
+from trioserver.deflate import Compressor
 from trioserver.delivery import Delivery
 from trioserver.endpoint import endpoint
 from trioserver.errors import CloseReason, TrioserverError
@@ -149,6 +150,7 @@ class Worker:
             user_topic=lambda user: f"{before}{user}{after}".encode(),
             broadcast_topic=broadcast,
             wall=time.time,
+            compressor=Compressor() if settings.ws_deflate else None,
             log_bug=self._log_bug,
             log_end=self._log_end,
         )

@@ -139,3 +139,20 @@ def test_tokens_and_secrets_are_in_no_log(tmp_path: Path) -> None:
     assert canary not in logs
     assert canary.split(".")[2] not in logs
     assert SECRET not in logs
+
+
+def test_compression_is_off_unless_asked_for_on_both_sides(server: Running, tmp_path: Path) -> None:
+    """A client that offers permessage-deflate gets it only with WS_DEFLATE, and reads as before."""
+    with client(server, "ann") as socket:
+        assert socket.response is not None
+        assert "Sec-WebSocket-Extensions" not in socket.response.headers
+    with running(tmp_path, environ={"WS_DEFLATE": "1"}) as deflating:
+        with client(deflating, "ann") as socket, client(deflating, "ann", compression=None) as bare:
+            assert socket.response is not None
+            agreed = socket.response.headers["Sec-WebSocket-Extensions"]
+            assert agreed.startswith("permessage-deflate")
+            deflating.run("publish", "--user", "ann", json.dumps("x" * 9000))
+            for either in (socket, bare):
+                assert "x" * 9000 == receive(either)["payload"]
+            socket.send(json.dumps({"type": "message", "payload": "y" * 9000}))
+            assert "y" * 9000 == receive(socket)["payload"]

@@ -253,6 +253,9 @@ class Server:
         """End it, whatever it is doing, and whoever is left of it."""
         family = self.family() if self.process.poll() is None else []
         if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(3.0)
             self.process.kill()
         self.process.wait(LIMIT_SECONDS)
         if self.process.stdout is not None:

@@ -329,16 +329,28 @@ def test_a_probe_takes_no_answer_from_another_process(directory: Path) -> None:
             assert accepted.recv(100) == b""
 
 
-def test_both_kinds_of_servers_take_the_arguments(state: StateDir, family: Family) -> None:
-    """Whatever is installed here is started as it would be."""
-    programs = {shutil.which(name, path=PATH) for name in ("redis-server", "valkey-server")}
+def test_data_is_readable_whichever_server_is_found_the_next_time(
+    state: StateDir, family: Family
+) -> None:
+    """Redis, Valkey and Redis again, as far as they are installed here."""
+    found = [shutil.which(name, path=PATH) for name in ("redis-server", "valkey-server")]
     with contextlib.suppress(SettingsError):
-        programs.add(find_server("/nowhere"))
-    for program in filter(None, programs):
+        found.append(find_server("/nowhere"))
+    programs = [program for program in found if program is not None]
+    for turn, program in enumerate(programs + programs[:1]):
         pid = family.spawn(*tethered(server_argv(program, state), state))
         wait_for_pong(state, pid)
+        with client(state) as connection:
+            assert connection.incr("turns") == turn + 1
+            rewrite(connection)
         family.processes.kill(pid, signal.SIGTERM)
         assert family.code_of(pid) == 0
+
+
+def rewrite(connection: "redis.Redis") -> None:
+    """Have the append-only file written anew."""
+    connection.bgrewriteaof()
+    eventually(lambda: not connection.info("persistence")["aof_rewrite_in_progress"])
 
 
 def wait_for_pong(state: StateDir, pid: int) -> None:
