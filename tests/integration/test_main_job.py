@@ -146,13 +146,16 @@ def test_compression_is_off_unless_asked_for_on_both_sides(server: Running, tmp_
     with client(server, "ann") as socket:
         assert socket.response is not None
         assert "Sec-WebSocket-Extensions" not in socket.response.headers
-    with running(tmp_path, environ={"WS_DEFLATE": "1"}) as deflating:
-        with client(deflating, "ann") as socket, client(deflating, "ann", compression=None) as bare:
-            assert socket.response is not None
-            agreed = socket.response.headers["Sec-WebSocket-Extensions"]
-            assert agreed.startswith("permessage-deflate")
-            deflating.run("publish", "--user", "ann", json.dumps("x" * 9000))
-            for either in (socket, bare):
-                assert "x" * 9000 == receive(either)["payload"]
-            socket.send(json.dumps({"type": "message", "payload": "y" * 9000}))
-            assert "y" * 9000 == receive(socket)["payload"]
+    with (
+        running(tmp_path, environ={"WS_DEFLATE": "1"}) as deflating,
+        client(deflating, "ann") as socket,
+        client(deflating, "ann", compression=None) as bare,
+    ):
+        assert socket.response is not None
+        agreed = socket.response.headers["Sec-WebSocket-Extensions"]
+        assert agreed.startswith("permessage-deflate")
+        deflating.run("publish", "--user", "ann", json.dumps("x" * 9000))
+        for either in (socket, bare):
+            assert "x" * 9000 == receive(either)["payload"]
+        socket.send(json.dumps({"type": "message", "payload": "y" * 9000}))
+        assert "y" * 9000 == receive(socket)["payload"]
