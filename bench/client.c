@@ -5,7 +5,7 @@
  * type and its number. What it says and what it understands is described in client.py; the same
  * client in Python, for machines without a compiler, is slow_client.py.
  *
- *     client PORT REDIS_PORT TOKENS_FILE
+ *     client PORT REDIS_PORT TOKENS_FILE PATIENCE_MS
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -40,7 +40,6 @@ enum {
 
 static const int64_t SECOND = 1000000000;
 static const long NAP = 100000;
-static const int64_t STALL = 10 * SECOND; /* Without progress for so long, the rest is lost. */
 
 /* The pair of RFC 6455, 1.3. */
 static const char KEY[] = "dGhlIHNhbXBsZSBub25jZQ==";
@@ -84,6 +83,7 @@ static int64_t alive, upgraded, departed;
 static char **tokens;
 static int epoll_fd, timer_fd, redis_fd;
 static uint16_t port;
+static int64_t patience; /* ns without progress after which the rest is lost */
 static uint8_t buffer[READ_BYTES + LARGEST_FRAME];
 
 static int64_t clock_ns(clockid_t clock)
@@ -393,13 +393,13 @@ static void nap(void)
 /* Turn until `*progress` has reached `goal`; false if nothing moves any more. */
 static bool reach(const int64_t *progress, int64_t goal)
 {
-    int64_t seen = *progress, deadline = now_ns() + STALL;
+    int64_t seen = *progress, deadline = now_ns() + patience;
     while (*progress < goal) {
         turn(100);
         nap();
         if (*progress != seen) {
             seen = *progress;
-            deadline = now_ns() + STALL;
+            deadline = now_ns() + patience;
         } else if (now_ns() > deadline) {
             return false;
         }
@@ -451,7 +451,7 @@ static void connect_peer(void)
     struct peer *peer = &peers[peer_count];
     struct sockaddr_in from = {.sin_family = AF_INET}, to = {.sin_family = AF_INET};
     struct linger abort_at_close = {.l_onoff = 1, .l_linger = 0};
-    struct timeval patience = {.tv_sec = 5};
+    struct timeval five = {.tv_sec = 5};
     int on = 1;
     char request[4096];
     peer->place = peer_count++;
@@ -464,7 +464,7 @@ static void connect_peer(void)
     to.sin_port = htons(port);
     setsockopt(peer->fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on);
     setsockopt(peer->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    setsockopt(peer->fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
+    setsockopt(peer->fd, SOL_SOCKET, SO_SNDTIMEO, &five, sizeof five);
     /* No TIME_WAIT: the next run needs the ports. */
     setsockopt(peer->fd, SOL_SOCKET, SO_LINGER, &abort_at_close, sizeof abort_at_close);
     int size = snprintf(request, sizeof request,
@@ -485,7 +485,7 @@ static void connect_peer(void)
 static void open_peers(int64_t count, int64_t concurrency, int64_t greets)
 {
     int64_t wall = now_ns(), cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
-    int64_t opened = 0, settled = 0, started = 0, deadline = wall + STALL;
+    int64_t opened = 0, settled = 0, started = 0, deadline = wall + patience;
     const int64_t upgraded_before = upgraded, departed_before = departed;
     if (peer_count + count > peer_limit)
         count = peer_limit - peer_count;
@@ -496,7 +496,7 @@ static void open_peers(int64_t count, int64_t concurrency, int64_t greets)
         nap();
         if (settled != (upgraded - upgraded_before) + (departed - departed_before)) {
             settled = (upgraded - upgraded_before) + (departed - departed_before);
-            deadline = now_ns() + STALL;
+            deadline = now_ns() + patience;
         }
     }
     opened = upgraded - upgraded_before;
@@ -598,7 +598,7 @@ static void latency(int64_t messages, int64_t rate, int64_t size, const char *pa
         send_redis(out, filled);
         if (sent + phase.received != seen) {
             seen = sent + phase.received;
-            deadline = now + STALL;
+            deadline = now + patience;
         } else if (now > deadline) {
             break;
         }
@@ -703,12 +703,13 @@ static void serve(void)
 int main(int argc, char **argv)
 {
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
-    if (argc != 4) {
-        fprintf(stderr, "usage: client PORT REDIS_PORT TOKENS_FILE\n");
+    if (argc != 5) {
+        fprintf(stderr, "usage: client PORT REDIS_PORT TOKENS_FILE PATIENCE_MS\n");
         return 2;
     }
     prctl(PR_SET_TIMERSLACK, 1);
     port = (uint16_t)atoi(argv[1]);
+    patience = atoll(argv[4]) * 1000000;
     read_tokens(argv[3]);
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);

@@ -21,9 +21,9 @@ standard input, one at a time, and answer each with one line of JSON, a `Reply`:
 
 ``SIZE`` is the length of what is published, in bytes of JSON. Every message has a number, which
 comes back in what is received, and the client ticks it off: for each connection and message there
-is one bit, so a message that comes twice, or after a later one, or not within 10 s of the last
-sign of progress, is counted as what it is. What was never asked for, a refusal and an
-end of a connection count as failed. Connections answer pings, also between the commands.
+is one bit, so a message that comes twice, or after a later one, or not at all while nothing moves
+for `PATIENCE_SECONDS`, is counted as what it is. What was never asked for, a refusal and the end of
+a connection count as failed. Connections answer pings, also between the commands.
 """
 
 import array
@@ -42,6 +42,9 @@ import attrs
 import msgspec
 
 from bench import machine
+
+PATIENCE_SECONDS: Final = 10.0
+"""How long a client waits for something to move before it gives the rest up as lost."""
 
 ANSWER_SECONDS: Final = 300.0
 """Absolute limit of one command; what stalls ends much sooner."""
@@ -176,7 +179,13 @@ class Client:
 
 @contextlib.contextmanager
 def running(
-    what: Program, directory: Path, *, port: int, redis_port: int, tokens: Path
+    what: Program,
+    directory: Path,
+    *,
+    port: int,
+    redis_port: int,
+    tokens: Path,
+    patience_seconds: float = PATIENCE_SECONDS,
 ) -> Iterator[Client]:
     """Run a client of the server at ``port`` for the time of the block.
 
@@ -186,9 +195,10 @@ def running(
         port: Of the server, on the loopback.
         redis_port: Where to publish.
         tokens: A file with a token per line, of the users u0, u1 and so on.
+        patience_seconds: After so long without progress, the rest is lost.
     """
     process = subprocess.Popen(
-        [*what.argv, str(port), str(redis_port), str(tokens)],
+        [*what.argv, str(port), str(redis_port), str(tokens), f"{patience_seconds * 1000:.0f}"],
         bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

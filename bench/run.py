@@ -4,24 +4,18 @@ import datetime as dt
 import os
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
 
 import attrs
-import jwt
 
-from bench import client, machine, results, stage
+from bench import client, machine, results, stage, tokens
 from bench.client import BenchError, Kind
 from bench.results import Repetition, Results, Row
 from bench.scenario import Scenario
-from bench.servers import SECRET, Other, Product, Server
+from bench.servers import Other, Product, Server
 from bench.stage import Plan, Props
 from supervisor.embedded import find_server
-
-TOKEN_SECONDS: Final = 36_000
-"""Longer than any run."""
 
 Say = Callable[[str], None]
 
@@ -58,7 +52,7 @@ def run(order: Order, say: Say) -> Results:
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         props = Props(
             program=client.program(Path(directory), order.client),
-            tokens=_tokens(Path(directory), order),
+            tokens=tokens.write(Path(directory, "tokens"), _users(order)),
             server_core=machine_now.server_core,
             client_core=machine_now.client_core,
         )
@@ -82,18 +76,10 @@ def run(order: Order, say: Say) -> Results:
     )
 
 
-def _tokens(directory: Path, order: Order) -> Path:
-    """Write a token for each user, one per line; made before, so that nobody waits for them."""
-    rows = [row for one in order.scenarios for row in one.rows(order.connections)]
-    expires = int(time.time()) + TOKEN_SECONDS
-    path = directory / "tokens"
-    path.write_text(
-        "".join(
-            jwt.encode({"sub": f"u{user}", "exp": expires}, SECRET, algorithm="HS256") + "\n"
-            for user in range(max(count for row in rows for count in row))
-        )
+def _users(order: Order) -> int:
+    return max(
+        count for one in order.scenarios for row in one.rows(order.connections) for count in row
     )
-    return path
 
 
 def _redis_version() -> str:

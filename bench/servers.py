@@ -18,6 +18,7 @@ import attrs
 
 from bench import machine
 from bench.client import BenchError
+from bench.tokens import SECRET
 from supervisor.embedded import find_server
 from trioserver.control_client import ask
 from trioserver.errors import CommandError, SettingsError
@@ -25,9 +26,6 @@ from trioserver.settings import all_settings
 from trioserver.status import StatusReply
 
 Ready = TypeVar("Ready")
-
-SECRET: Final = "bench-secret-bench-secret-bench-secret"  # noqa: S105 - of servers that last seconds
-"""Signs the tokens of the client; servers to compare with are expected to know it."""
 
 START_SECONDS: Final = 30.0
 END_SECONDS: Final = 30.0
@@ -226,9 +224,9 @@ def _status(control: Path) -> StatusReply | None:
 class Other:
     """A Python file that is a server: ``python FILE PORT REDIS_PORT WORKERS``.
 
-    Expected of it: a WebSocket at ``/ws?token=`` with tokens signed with `SECRET`, workers that are
-    its children, the channels ``user_noti:<user>`` and ``channels:broadcast`` in Redis, each
-    message of type ``message`` answered with a ``message_response`` that counts, and an end at
+    Expected of it: a WebSocket at ``/ws?token=`` with tokens signed with `tokens.SECRET`, workers
+    that are its children, the channels ``user_noti:<user>`` and ``channels:broadcast`` in Redis,
+    each message of type ``message`` answered with a ``message_response`` that counts, and an end at
     SIGINT.
     """
 

@@ -3,7 +3,7 @@
 It costs several times as much, so it is the bottleneck where the other is not; the results say so.
 What it understands is described in `client.py`.
 
-    python -m bench.slow_client PORT REDIS_PORT TOKENS_FILE
+    python -m bench.slow_client PORT REDIS_PORT TOKENS_FILE PATIENCE_MS
 """
 
 import array
@@ -22,9 +22,6 @@ from typing import Final
 import msgspec
 
 from bench.client import Reply
-
-STALL_NS: Final = 10_000_000_000
-"""Without progress for so long, the rest is lost."""
 
 NAP_SECONDS: Final = 0.0001
 """Let something come together. A client that looks at every message at once must be woken for every
@@ -97,9 +94,11 @@ class Phase:
 class SlowClient:
     """All connections, the publisher, and the counts since the last reply."""
 
-    def __init__(self, port: int, redis_port: int, tokens: list[str]) -> None:
+    def __init__(self, port: int, redis_port: int, tokens: list[str], patience_ms: int) -> None:
         self._port = port
         self._tokens = tokens
+        self._patience_ns = patience_ms * 1_000_000
+        """Without progress for so long, the rest is lost."""
         self._peers: list[Peer] = []
         self._by_fd: dict[int, Peer] = {}
         self._upgraded = 0
@@ -282,12 +281,12 @@ class SlowClient:
 
     def _reach(self, progress: Progress, goal: int) -> bool:
         """Turn until ``progress()`` is ``goal``; return False if nothing moves any more."""
-        seen, deadline = progress(), time.monotonic_ns() + STALL_NS
+        seen, deadline = progress(), time.monotonic_ns() + self._patience_ns
         while (now := progress()) < goal:
             self.turn(0.1)
             time.sleep(NAP_SECONDS)
             if now != seen:
-                seen, deadline = now, time.monotonic_ns() + STALL_NS
+                seen, deadline = now, time.monotonic_ns() + self._patience_ns
             elif time.monotonic_ns() > deadline:
                 return False
         return True
@@ -379,7 +378,7 @@ class SlowClient:
         before, departed = self._upgraded, self._departed
         count = min(count, len(self._tokens) - len(self._peers))
         started = settled = 0
-        deadline = time.monotonic_ns() + STALL_NS
+        deadline = time.monotonic_ns() + self._patience_ns
         while settled < count and time.monotonic_ns() < deadline:
             while started < count and started - settled < concurrency:
                 self._connect()
@@ -388,7 +387,7 @@ class SlowClient:
             time.sleep(NAP_SECONDS)
             now = self._upgraded - before + self._departed - departed
             if now != settled:
-                settled, deadline = now, time.monotonic_ns() + STALL_NS
+                settled, deadline = now, time.monotonic_ns() + self._patience_ns
         opened = self._upgraded - before
         self._failed += max(0, count - settled)
         if greets and not self._reach(lambda: self._greeted, opened):
@@ -444,7 +443,7 @@ class SlowClient:
                 self._publish_users(phase, range(sent, due), size)
                 sent = due
             if sent + phase.received != seen:
-                seen, deadline = sent + phase.received, now + STALL_NS
+                seen, deadline = sent + phase.received, now + self._patience_ns
             elif now > deadline:
                 break
             self._turn_until(phase.start + sent * phase.interval if sent < messages else None)
@@ -485,10 +484,11 @@ def _interleaved(late: "array.array[int]", latency: "array.array[int]") -> list[
     return [value for pair in zip(late, latency, strict=True) for value in pair]
 
 
-def main(port: str, redis_port: str, tokens: str) -> None:
+def main(port: str, redis_port: str, tokens: str, patience_ms: str) -> None:
     """Run the client."""
+    names = Path(tokens).read_text().split()
     with contextlib.suppress(KeyboardInterrupt):
-        SlowClient(int(port), int(redis_port), Path(tokens).read_text().split()).serve()
+        SlowClient(int(port), int(redis_port), names, int(patience_ms)).serve()
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ class Plan:
     """Notifications in a round of the closed loop."""
     concurrency: int = 64
     """Handshakes in progress at a time."""
+    rest_seconds: float = 1.0
+    """Before memory is read: time for what is freed and flushed a moment later."""
     warm_up: float = 0.05
     """Share of the work that is done once before, unmeasured: interpreter and allocator adapt."""
 

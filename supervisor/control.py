@@ -5,6 +5,7 @@ hung up on. Who may connect is decided by the file system: the socket is 0600 in
 """
 
 import contextlib
+import functools
 import os
 import selectors
 import socket
@@ -31,9 +32,6 @@ _ACCEPT_PAUSE: Final = 1.0
 
 _BACKLOG: Final = 32
 
-Ready = Callable[[int], None]
-"""What the selector's data is throughout: called with the mask when the descriptor is ready."""
-
 
 @attrs.define(eq=False)
 class _Caller:
@@ -42,6 +40,8 @@ class _Caller:
     pending: bytearray = attrs.Factory(bytearray)
     waits_for: set[int] = attrs.Factory(set)
     """Requests that have not been answered."""
+    mask: int = 0
+    """What the selector watches it for."""
     finished: bool = False
     """It will send no more; it goes when it has got what it waits for."""
 
@@ -139,8 +139,6 @@ class ControlServer:
     def _accept(self, _mask: int) -> None:
         try:
             connected, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionError):
-            return
         except OSError:  # No descriptors, no memory. It is still ready, and would be at once again.
             self._selector.unregister(self._listener)
             self._resume_at = time.monotonic() + _ACCEPT_PAUSE
@@ -154,21 +152,16 @@ class ControlServer:
             self._hang_up(idle)
         caller = _Caller(connected)
         self._callers[caller] = None
-        self._selector.register(connected, selectors.EVENT_READ, self._serve(caller))
+        self._watch(caller)
 
-    def _serve(self, caller: _Caller) -> Ready:
-        def ready(mask: int) -> None:
-            try:
-                if mask & selectors.EVENT_WRITE:
-                    self._write(caller)
-                if mask & selectors.EVENT_READ:
-                    self._read(caller)
-            except BlockingIOError:
-                return
-            except OSError:
-                self._hang_up(caller)
-
-        return ready
+    def _serve(self, caller: _Caller, mask: int) -> None:
+        try:
+            if mask & selectors.EVENT_WRITE:
+                self._write(caller)
+            if mask & selectors.EVENT_READ:
+                self._read(caller)
+        except OSError:  # It has gone, perhaps by our own hand a line ago.
+            self._hang_up(caller)
 
     def _write(self, caller: _Caller) -> None:
         sent = caller.socket.send(caller.pending)
@@ -202,30 +195,28 @@ class ControlServer:
             self._asked(number, request.op)
 
     def _watch(self, caller: _Caller) -> None:
-        if caller not in self._callers:
-            return
         if caller.finished and caller.idle:
             self._hang_up(caller)
             return
+        # Half-closed, it would be readable for ever.
         mask = 0 if caller.finished else selectors.EVENT_READ
-        if caller.pending:
-            mask |= selectors.EVENT_WRITE
-        known = caller.socket in self._selector.get_map()
-        if mask and known:
-            key = self._selector.get_key(caller.socket)
-            self._selector.modify(caller.socket, mask, key.data)
-        elif mask:
-            self._selector.register(caller.socket, mask, self._serve(caller))
-        elif known:
-            # Half-closed, and its verdict is not known yet: readable for ever, so not watched.
+        self._watch_for(caller, mask | (selectors.EVENT_WRITE if caller.pending else 0))
+
+    def _watch_for(self, caller: _Caller, mask: int) -> None:
+        if caller.mask == mask:
+            return
+        if caller.mask:
             self._selector.unregister(caller.socket)
+        if mask:
+            serve = functools.partial(self._serve, caller)
+            self._selector.register(caller.socket, mask, serve)
+        caller.mask = mask
 
     def _hang_up(self, caller: _Caller) -> None:
         if caller not in self._callers:
             return
         del self._callers[caller]
         for number in caller.waits_for:
-            self._owners.pop(number, None)
-        if caller.socket in self._selector.get_map():
-            self._selector.unregister(caller.socket)
+            del self._owners[number]
+        self._watch_for(caller, 0)
         caller.socket.close()

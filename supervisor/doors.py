@@ -79,14 +79,12 @@ def open_doors(address: Address, count: int, buffers: Buffers) -> list[socket.so
     """
     family, resolved = _resolve(address)
     if address.port:
-        _probe(address, family, resolved)
+        _opened(address, family, resolved, None).close()
     doors: list[socket.socket] = []
     try:
         for _ in range(count):
-            door = _bound(address, family, resolved, share=True)
+            door = _opened(address, family, resolved, buffers)
             doors.append(door)
-            _furnish(door, buffers)
-            _listen(door, address)
             # Port 0: the kernel chooses for the first, the others join it.
             resolved = door.getsockname()
     except BaseException:
@@ -122,37 +120,31 @@ def _resolve(address: Address) -> tuple[socket.AddressFamily, _SocketAddress]:
     return family, resolved
 
 
-def _bound(
+def _opened(
     address: Address,
     family: socket.AddressFamily,
     resolved: _SocketAddress,
-    *,
-    share: bool,
+    buffers: Buffers | None,
 ) -> socket.socket:
-    door = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    """Return a shared socket that listens; without ``buffers`` one that is only bound, alone."""
     try:
-        # Connections of an earlier server in TIME_WAIT must not keep this one from starting.
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if share:
-            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            # "::" means everybody, whatever the machine's own default is.
-            door.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        door.bind(resolved)
+        with contextlib.ExitStack() as on_error:
+            kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+            door = on_error.enter_context(socket.socket(family, kind))
+            # Connections of an earlier server in TIME_WAIT must not keep this one from starting.
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                # "::" means everybody, whatever the machine's own default is.
+                door.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            if buffers is not None:
+                door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                _furnish(door, buffers)
+            door.bind(resolved)
+            if buffers is not None:
+                door.listen(_BACKLOG)
+            on_error.pop_all()
+            return door
     except OSError as error:
-        door.close()
-        raise _explained(address, error) from error
-    return door
-
-
-def _probe(address: Address, family: socket.AddressFamily, resolved: _SocketAddress) -> None:
-    _bound(address, family, resolved, share=False).close()
-
-
-def _listen(door: socket.socket, address: Address) -> None:
-    try:
-        door.listen(_BACKLOG)
-    except OSError as error:  # Somebody was bound but not listening yet when we looked.
         raise _explained(address, error) from error
 
 
@@ -202,14 +194,15 @@ def _open_files(process: Path) -> Iterator[str]:
 
 
 def _listening_inodes(port: int) -> Iterator[str]:
-    listening = "0A"
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
-            lines = Path(table).read_text("ascii").splitlines()[1:]
-        except OSError:
-            continue
-        for line in lines:
-            # sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode ...
-            fields = line.split()
-            if fields[3] == listening and int(fields[1].rpartition(":")[2], 16) == port:
-                yield fields[9]
+        with contextlib.suppress(OSError):  # No IPv6 here.
+            yield from _listening_in(Path(table), port)
+
+
+def _listening_in(table: Path, port: int) -> Iterator[str]:
+    listening = "0A"
+    for line in table.read_text("ascii").splitlines()[1:]:
+        # sl local_address rem_address st tx:rx tr:when retrnsmt uid timeout inode ...
+        fields = line.split()
+        if fields[3] == listening and int(fields[1].rpartition(":")[2], 16) == port:
+            yield fields[9]

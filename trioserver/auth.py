@@ -14,6 +14,7 @@ from typing import Final
 
 import attrs
 import jwt
+import msgspec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from trioserver.errors import AuthError, SettingsError
@@ -38,6 +39,19 @@ class Claims:
     """Seconds since 1970."""
 
 
+class _Claims(msgspec.Struct, frozen=True, gc=False):
+    """The claims that are looked at; all others are the back end's own business."""
+
+    sub: str
+    exp: float
+    nbf: float = 0.0
+    aud: str | list[str] | None = None
+    iss: str | None = None
+
+
+_decode_claims = msgspec.json.Decoder(_Claims).decode
+
+
 class Verifier:
     """Verifies tokens with the configured key.
 
@@ -51,17 +65,9 @@ class Verifier:
         self._audience = settings.jwt_audience
         self._issuer = settings.jwt_issuer
         self._key = _key(settings)
-        # Times are checked here, against the `now` passed in.
-        self._decoder = jwt.PyJWT(
-            {
-                "require": ["exp", "sub"],
-                "verify_exp": False,
-                "verify_nbf": False,
-                "verify_iat": False,
-                "verify_aud": self._audience is not None,
-                "enforce_minimum_key_length": True,
-            }
-        )
+        # The signature and the header are PyJWT's. The claims are ours: their times are checked
+        # against the `now` passed in, and a typed decoder costs a tenth of PyJWT's checks.
+        self._signatures = jwt.PyJWS(options={"enforce_minimum_key_length": True})
 
     def verify(self, token: str, now: float) -> Claims:
         """Return the claims of ``token``.
@@ -76,22 +82,24 @@ class Verifier:
         if len(token) > MAX_TOKEN:
             raise AuthError("the token is too long")
         try:
-            claims = self._decoder.decode(
-                token,
-                self._key,
-                algorithms=self._algorithms,
-                audience=self._audience,
-                issuer=self._issuer,
-            )
-        except (jwt.PyJWTError, ValueError, RecursionError) as error:
-            # ValueError, RecursionError: JSON that the json module chokes on.
+            payload = self._signatures.decode(token, self._key, algorithms=self._algorithms)
+            claims = _decode_claims(payload)
+        except (jwt.PyJWTError, msgspec.MsgspecError, ValueError, RecursionError) as error:
+            # ValueError, RecursionError: headers that the json module chokes on.
             raise AuthError(f"{type(error).__name__}: {error}") from None
-        expires_at = _seconds(claims, "exp")
-        if now >= expires_at + self._leeway:
+        if now >= _sane(claims.exp) + self._leeway:
             raise AuthError("the token has expired", outcome="expired")
-        if "nbf" in claims and now < _seconds(claims, "nbf") - self._leeway:
+        if now < _sane(claims.nbf) - self._leeway:
             raise AuthError("the token is not valid yet")
-        return Claims(user=_user(claims["sub"]), expires_at=expires_at)
+        if self._issuer is not None and claims.iss != self._issuer:
+            raise AuthError("the token is from another issuer")
+        if self._audience is not None and not self._for_us(claims.aud):
+            raise AuthError("the token is for another audience")
+        return Claims(user=_user(claims.sub), expires_at=claims.exp)
+
+    def _for_us(self, audience: str | list[str] | None) -> bool:
+        """Whether ours is the audience or, as a whole, one of them (RFC 7519 4.1.3)."""
+        return self._audience in (audience if isinstance(audience, list) else [audience])
 
 
 def _key(settings: Settings) -> str | bytes:
@@ -109,19 +117,16 @@ def _key(settings: Settings) -> str | bytes:
     return settings.jwt_secret_key
 
 
-def _seconds(claims: dict[str, object], name: str) -> float:
-    value = claims[name]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise AuthError(f"{name} is not a number")
-    # Compared before float(): JSON has integers beyond it. NaN compares false.
-    if not -_DISTANT < value < _DISTANT:
-        raise AuthError(f"{name} is beyond all reason")
-    return float(value)
+def _sane(moment: float) -> float:
+    # NaN compares false, too.
+    if not -_DISTANT < moment < _DISTANT:
+        raise AuthError("a time in the token is beyond all reason")
+    return moment
 
 
-def _user(subject: object) -> str:
+def _user(subject: str) -> str:
     # Printable: no control characters, line ends or lone surrogates, so it always encodes.
-    if not isinstance(subject, str) or not subject or not subject.isprintable():
+    if not subject or not subject.isprintable():
         raise AuthError("sub is not a printable string")
     if len(subject.encode()) > MAX_USER:
         raise AuthError("sub is too long")

@@ -1,9 +1,9 @@
 """One WebSocket connection, from the 101 answer to the last byte.
 
 Two halves meet here. The pump calls the synchronous half: bytes came, the socket is writable, a
-moment on the timer wheel is due. The connection's own task, in its own nursery, does whatever
-awaits: following the user's topic in Redis, waiting for credentials, the close handshake. The
-end of the task is the end of the connection, and cancelling its nursery is how it is ended.
+moment on the timer wheel is due, Redis has confirmed the user's topic. The connection's own task,
+in its own nursery, does whatever awaits; so far that is the close handshake. The end of the task
+is the end of the connection, and cancelling its nursery is how it is ended.
 
 Life
     nameless    no credential yet; nothing but ``auth`` is processed
@@ -20,6 +20,7 @@ Rules
     * Expected ends are values (`CloseReason`), bugs are exceptions: they end this connection
       with 1011, are logged with their traceback, and go no further.
     * A client that does not read its answers is not read (`Outbox.crowded`).
+    * What happens to thousands at once (a confirmed batch of topics) must not wake a task each.
     * Each deadline is one entry on the wheel, the nearest; `Connection.due` asks all of them.
 """
 
@@ -52,7 +53,7 @@ MESSAGE_SECONDS: Final = 10.0
 FOLLOW_SECONDS: Final = 5.0
 """How long ``connection_established`` waits for Redis before it says ``unavailable``."""
 
-GREETING_SECONDS: Final = 0.05
+GREETING_SECONDS: Final = 0.1
 """How long the 101 answer waits for Redis, so that both usually leave in one write: a client that
 is connected wants ``connection_established`` anyway, and a write is the dearest part of a
 handshake after the token."""
@@ -73,8 +74,11 @@ RECONNECT_JITTER_MS: Final = 1000
 class Pending(Protocol):
     """Topics asked for and not confirmed yet."""
 
-    async def wait(self) -> None:
-        """Return when they are confirmed."""
+    def notify(self, waiter: "Connection") -> None:
+        """Call ``waiter.followed()`` when they are confirmed."""
+
+    def forget(self, waiter: "Connection") -> None:
+        """Do not call it any more; idempotent."""
 
 
 class Follower(Protocol):
@@ -141,7 +145,6 @@ class Connection:
         connection_id: Unique in the fleet; shown to the client and in the logs.
         greeting: The 101 answer, not sent yet.
         claims: Of the credential in the handshake, or None if one must follow as a message.
-        early: Bytes that came behind the request head.
         deflate: Whether permessage-deflate was negotiated.
     """
 
@@ -149,8 +152,8 @@ class Connection:
         "_beat_at",
         "_claims",
         "_decoder",
-        "_early",
         "_event",
+        "_follow_by",
         "_greeting",
         "_heard",
         "_interest",
@@ -159,6 +162,7 @@ class Connection:
         "_outbox",
         "_peer_code",
         "_peer_done",
+        "_pending",
         "_ping_at",
         "_progress_at",
         "_scope",
@@ -178,7 +182,6 @@ class Connection:
         connection_id: str,
         greeting: bytes,
         claims: Claims | None,
-        early: bytes = b"",
         *,
         deflate: bool = False,
     ) -> None:
@@ -201,10 +204,12 @@ class Connection:
         self._session = session.Session(claims.user if claims else None)
         self._claims = claims
         self._greeting = greeting
-        self._early = early
+        self._pending: Pending | None = None
+        """What Redis has not confirmed yet."""
+        self._follow_by = math.inf
         self._scope: trio.CancelScope | None = None
         self._event: trio.Event | None = None
-        """What the task waits for, where it waits for the pump's half."""
+        """What the task waits for while it says farewell."""
         self._interest = READ
         self._peer_done = False
         """Whether the client has said its last."""
@@ -230,20 +235,18 @@ class Connection:
     # The task's half: everything that awaits.
 
     async def run(self) -> None:
-        """Serve the client until the connection ends, for whatever reason; never raises a bug.
+        """Be the connection's task until it ends, for whatever reason; never raises a bug.
 
         Cancellation:
             Ends the connection with a farewell that is sent but not waited for.
         """
-        self._shared.tally.connections += 1
-        self._shared.tally.opened += 1
         try:
             try:
                 async with trio.open_nursery() as nursery:
                     self._scope = nursery.cancel_scope
-                    # The pump may have ended the connection before this task had its first turn.
+                    # It may have ended before this task had its first turn.
                     if self.reason is None:
-                        await self._serve()
+                        await trio.sleep_forever()
             except* Exception as bugs:  # noqa: BLE001 - one connection's bug is its own end
                 self._shared.log_bug("connection", bugs)
                 self.end(CloseReason.INTERNAL_ERROR)
@@ -252,82 +255,6 @@ class Connection:
             await self._farewell()
         finally:
             self._release()
-
-    async def _serve(self) -> None:
-        self._shared.pump.wheel.schedule(self, self._next_moment())
-        if self._session.user is None:
-            self._outbox.offer(self._take_greeting())
-            self._receive_early()
-            if self._session.user is None:
-                self._event = trio.Event()
-                await self._event.wait()
-        await self._go_live()
-        await trio.sleep_forever()
-
-    async def _go_live(self) -> None:
-        """Subscribe, then say so: a notification published after that arrives."""
-        user = self._session.user
-        if user is None or self.reason is not None:
-            return
-        shared = self._shared
-        outbox = self._outbox
-        if not outbox.corked:
-            outbox.cork()
-        topic = shared.user_topic(user)
-        if shared.hub.add(topic, outbox):
-            shared.tally.users += 1
-        shared.hub.add(shared.broadcast_topic, outbox)
-        pending = shared.follower.follow(topic)
-        unavailable = None
-        self._receive_early()
-        if pending is not None:
-            with trio.move_on_after(GREETING_SECONDS) as scope:
-                await pending.wait()
-            if scope.cancelled_caught:
-                unavailable = await self._follow_slowly(pending)
-        if self.reason is None:
-            outbox.uncork(
-                self._take_greeting() + frames.encode_text(self._established(unavailable))
-            )
-            if outbox.empty:
-                self._watch(READ)
-
-    async def _follow_slowly(self, pending: Pending) -> str | None:
-        """Answer the handshake, then wait for Redis; return why not, if it does not come."""
-        if not self._outbox.send_past_cork(self._take_greeting()):
-            self.end(CloseReason.PEER_LOST)
-        with trio.move_on_after(FOLLOW_SECONDS) as scope:
-            await pending.wait()
-        return "unavailable" if scope.cancelled_caught else None
-
-    def _take_greeting(self) -> bytes:
-        """Return the 101 answer if it has not been sent, else nothing."""
-        greeting, self._greeting = self._greeting, b""
-        return greeting
-
-    def _receive_early(self) -> None:
-        """Process what came behind the request head."""
-        early, self._early = self._early, b""
-        if early:
-            self._receive(early)
-
-    def _established(self, reason: str | None) -> bytes:
-        shared = self._shared
-        claims = self._claims
-        assert claims is not None  # noqa: S101 - for the type checker: it has a user
-        self._claims = None
-        return messages.encode(
-            messages.ConnectionEstablished(
-                connection_id=self.connection_id,
-                user=claims.user,
-                resumed=False,
-                count=self._session.count,
-                heartbeat_seconds=shared.pace.heartbeat_interval,
-                expires_in=max(0, int(claims.expires_at - shared.wall())),
-                server_time=shared.stamp(),
-                reason=reason,
-            )
-        )
 
     async def _farewell(self) -> None:
         """Wait, for a bounded time, until all is said and the client has closed."""
@@ -360,6 +287,94 @@ class Connection:
 
     # The pump's half: nothing here awaits.
 
+    def begin(self, early: bytes) -> None:
+        """Come to life: answer the handshake, or wait with that for Redis. Call it once.
+
+        Args:
+            early: Bytes that came behind the request head.
+        """
+        shared = self._shared
+        shared.tally.connections += 1
+        shared.tally.opened += 1
+        if self._session.user is None:
+            self._outbox.offer(self._take_greeting())
+        else:
+            self._enter(self._session.user)
+        if early and self.reason is None:
+            self._receive(early)
+        if self.reason is None:
+            shared.pump.wheel.schedule(self, self._next_moment())
+
+    def _enter(self, user: str) -> None:
+        """Subscribe, then say so: a notification published after that arrives."""
+        shared = self._shared
+        outbox = self._outbox
+        outbox.cork()
+        topic = shared.user_topic(user)
+        if shared.hub.add(topic, outbox):
+            shared.tally.users += 1
+        shared.hub.add(shared.broadcast_topic, outbox)
+        pending = shared.follower.follow(topic)
+        if pending is None:
+            self._establish()
+            return
+        self._pending = pending
+        pending.notify(self)
+        now = shared.pump.now
+        self._follow_by = now + FOLLOW_SECONDS
+        shared.pump.wheel.hasten(self, now + GREETING_SECONDS)
+
+    def followed(self) -> None:
+        """Take note that Redis has confirmed the user's topic; never raises."""
+        self._pending = None
+        try:
+            if self.reason is None:
+                self._establish()
+        except Exception as bug:  # noqa: BLE001 - would be the end of the subscription's link
+            self._shared.log_bug("connection", bug)
+            self.end(CloseReason.INTERNAL_ERROR)
+
+    def _establish(self, reason: str | None = None) -> None:
+        """Send the first message, then what was held back for it."""
+        outbox = self._outbox
+        outbox.uncork(self._take_greeting() + frames.encode_text(self._established(reason)))
+        if outbox.empty:
+            self._watch(READ)
+
+    def _wait_longer(self, now: float) -> None:
+        """Answer the handshake although Redis has not, and give up waiting for it in the end."""
+        greeting = self._take_greeting()
+        if greeting and not self._outbox.send_past_cork(greeting):
+            self.end(CloseReason.PEER_LOST)
+        elif now >= self._follow_by and self._pending is not None:
+            # It stays wanted: as soon as Redis is back, notifications arrive.
+            self._pending.forget(self)
+            self._pending = None
+            self._establish("unavailable")
+
+    def _take_greeting(self) -> bytes:
+        """Return the 101 answer if it has not been sent, else nothing."""
+        greeting, self._greeting = self._greeting, b""
+        return greeting
+
+    def _established(self, reason: str | None) -> bytes:
+        shared = self._shared
+        claims = self._claims
+        assert claims is not None  # noqa: S101 - for the type checker: it has a user
+        self._claims = None
+        return messages.encode(
+            messages.ConnectionEstablished(
+                connection_id=self.connection_id,
+                user=claims.user,
+                resumed=False,
+                count=self._session.count,
+                heartbeat_seconds=shared.pace.heartbeat_interval,
+                expires_in=max(0, int(claims.expires_at - shared.wall())),
+                server_time=shared.stamp(),
+                reason=reason,
+            )
+        )
+
     def end(self, reason: CloseReason, *, reconnect_in_ms: int | None = None) -> None:
         """End the connection for ``reason``; idempotent, the first reason counts.
 
@@ -371,6 +386,9 @@ class Connection:
             return
         self.reason = reason
         self._session.closed = True
+        if self._pending is not None:
+            self._pending.forget(self)
+            self._pending = None
         if self._scope is not None:
             self._scope.cancel()
         self._leave_hub()
@@ -417,13 +435,10 @@ class Connection:
             return
         except OSError:
             data = b""
-        if not data:
-            self.hung_up()
-        elif self._scope is None and self.reason is None:
-            # The task has not had its first turn: these bytes belong behind those with the head.
-            self._early += data
-        else:
+        if data:
             self._receive(data)
+        else:
+            self.hung_up()
 
     def _receive(self, data: bytes) -> None:
         shared = self._shared
@@ -516,9 +531,7 @@ class Connection:
         if not self._outbox.empty:
             # Nameless, and it does not even read what was wrong with its messages.
             return CloseReason.TOO_SLOW
-        self._outbox.cork()
-        if self._event is not None:
-            self._event.set()
+        self._enter(claims.user)
         return None
 
     def writable(self) -> None:
@@ -586,6 +599,8 @@ class Connection:
         if reason is not None:
             self.end(reason)
             return
+        if self._pending is not None:
+            self._wait_longer(now)
         signs = b""
         pace = self._shared.pace
         live = not self._outbox.corked
@@ -623,5 +638,8 @@ class Connection:
         return deadlines
 
     def _next_moment(self) -> float:
-        nearest = min(moment for moment, _ in self._deadlines())
+        nearest = min([moment for moment, _ in self._deadlines()])
+        if self._pending is not None:
+            patience = GREETING_SECONDS if self._greeting else FOLLOW_SECONDS
+            nearest = min(nearest, self._follow_by - FOLLOW_SECONDS + patience)
         return min(nearest, self._ping_at, self._beat_at)

@@ -122,17 +122,34 @@ class Listener:
         early: bytes,
         *,
         deflate: bool = False,
-    ) -> Connection:
-        """Turn a socket into a connection with a task of its own; the 101 is ``greeting``."""
+    ) -> None:
+        """Turn a registered socket into a connection with a task of its own.
+
+        Args:
+            sock: Registered in the pump; the connection takes over.
+            greeting: The 101 answer.
+            claims: Of its credential, or None if that must follow as a message.
+            early: Bytes that came behind the request head.
+            deflate: Whether permessage-deflate was negotiated.
+        """
         nursery = self._nursery
         assert nursery is not None  # noqa: S101 - for the type checker: open() came first
-        connection_id = f"{self.worker_id}-{next(self._numbers):x}"
-        connection = Connection(
-            self.shared, sock, connection_id, greeting, claims, early, deflate=deflate
-        )
+        connection = self.connection(sock, greeting, claims, deflate=deflate)
+        self.shared.pump.replace(connection)
         self.connections.add(connection)
         nursery.start_soon(self._live, connection)
-        return connection
+        try:
+            connection.begin(early)
+        except Exception as bug:  # noqa: BLE001 - this connection's end, not that of the arrival
+            self.shared.log_bug("handshake", bug)
+            connection.failed(bug)
+
+    def connection(
+        self, sock: socket.socket, greeting: bytes, claims: Claims | None, *, deflate: bool
+    ) -> Connection:
+        """Make the connection for `start`; a test server makes one of its own kind."""
+        connection_id = f"{self.worker_id}-{next(self._numbers):x}"
+        return Connection(self.shared, sock, connection_id, greeting, claims, deflate=deflate)
 
     async def _live(self, connection: Connection) -> None:
         try:
@@ -191,12 +208,8 @@ class Arrival:
             self._answer(listener.answer(request))
             return
         upgrade, claims = listener.judge(request)
-        pump = listener.shared.pump
-        pump.wheel.cancel(self)
-        connection = listener.start(
-            self._sock, upgrade.response(), claims, rest, deflate=upgrade.deflate
-        )
-        pump.replace(connection)
+        listener.shared.pump.wheel.cancel(self)
+        listener.start(self._sock, upgrade.response(), claims, rest, deflate=upgrade.deflate)
 
     def _refuse(self, refusal: Refusal) -> None:
         self._listener.shared.tally.refused(refusal.status)

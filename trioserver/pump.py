@@ -21,7 +21,6 @@ Hang-ups (EPOLLHUP, EPOLLERR) cannot be masked: a peer that is not being read is
 import errno
 import select
 import socket
-import time
 from collections.abc import Callable
 from typing import Final, NoReturn, Protocol
 
@@ -91,8 +90,8 @@ class Pump:
         self._peers: dict[int, Peer] = {}
         self._on_bug = on_bug
         self._emptied = trio.Event()
-        self.now = time.monotonic()
-        """The monotonic clock as of this round, in seconds: one reading serves all its events."""
+        self.now = trio.current_time()
+        """Trio's clock as of this round, in seconds: one reading serves all its events."""
         self.wheel: Wheel[TimedPeer] = Wheel(self.now)
 
     def register(self, peer: Peer, interest: int = READ) -> None:
@@ -149,10 +148,10 @@ class Pump:
         peers = self._peers
         descriptor = self._epoll.fileno()
         wait_readable = trio.lowlevel.wait_readable
-        monotonic = time.monotonic
+        current_time = trio.current_time
         while True:
             await wait_readable(descriptor)
-            self.now = monotonic()
+            self.now = current_time()
             for fd, events in poll(0, EVENTS_PER_ROUND):
                 # None: an earlier event of this very round ended this peer.
                 peer = peers.get(fd)
@@ -173,7 +172,7 @@ class Pump:
         """Fire what is due on the wheel, every ``granularity`` seconds, until cancelled."""
         while True:
             await trio.sleep(granularity)
-            self.now = time.monotonic()
+            self.now = trio.current_time()
             for count, owner in enumerate(self.wheel.advance(self.now)):
                 if owner.bucket != IDLE:
                     # An earlier one of this batch has scheduled it anew.

@@ -8,17 +8,14 @@ from bench.results import Repetition
 from bench.scenario import Scenario
 from bench.stage import Plan, Stage
 
-REST_SECONDS: Final = 1.0
-"""Time for what is freed and flushed a moment later."""
-
 
 def measure(stage: Stage, plan: Plan, connections: tuple[int, ...]) -> Repetition:
     """Open some, then many more: the slope leaves out what the process has anyway."""
     low, high = connections
     stage.open(low, plan)
-    before = _memory_kb(stage)
+    before = _memory_kb(stage, plan)
     timed = stage.timed(lambda: stage.open(high - low, plan))
-    after = _memory_kb(stage)
+    after = _memory_kb(stage, plan)
     figures = {
         "pss_kb": (after - before) / max(1, timed.reply.units),
         "pss_total_mb": after / 1024,
@@ -26,8 +23,8 @@ def measure(stage: Stage, plan: Plan, connections: tuple[int, ...]) -> Repetitio
     return stage.repetition(timed, figures)
 
 
-def _memory_kb(stage: Stage) -> int:
-    time.sleep(REST_SECONDS)
+def _memory_kb(stage: Stage, plan: Plan) -> int:
+    time.sleep(plan.rest_seconds)
     stage.settle()
     return machine.pss_kb(stage.serving.worker)
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +27,8 @@ REQUIREMENT: Final = "autobahntestsuite==25.10.1"
 HERE: Final = Path(__file__).parent
 CACHE: Final = HERE.parents[1] / ".cache"
 AGENT: Final = "trioserver"
+
+LISTENING: Final = "listening on "
 
 INSTALL_SECONDS: Final = 300.0
 START_SECONDS: Final = 15.0
@@ -66,7 +68,7 @@ class Allowed:
     case: str
     behaviour: str
     behaviour_close: str = "OK"
-    codes: tuple[int, ...] = attrs.field(default=(), converter=tuple)
+    codes: Sequence[int] = ()
     reason: str
 
     def covers(self, case: str) -> bool:
@@ -79,10 +81,11 @@ class Allowed:
         return same and (not self.codes or result.code in self.codes)
 
 
-def allowed(run: str) -> list[Allowed]:
-    """Return the entries for one run."""
+def allowed(run: str, section: str = "*") -> list[Allowed]:
+    """Return the entries for one run, or for one section of it."""
     tables = tomllib.loads((HERE / "allowed.toml").read_text())
-    return [Allowed(**entry) for entry in tables.get(run, [])]
+    entries = [Allowed(**entry) for entry in tables.get(run, [])]
+    return [entry for entry in entries if fnmatch.fnmatchcase(entry.case, section)]
 
 
 def surprises(results: dict[str, Result], entries: list[Allowed]) -> list[str]:
@@ -166,9 +169,8 @@ def echo_server(*arguments: str) -> Iterator[tuple[int, list[Summary]]]:
         subprocess.Popen(command, stdout=output, stderr=errors, cwd=HERE.parents[1]) as process,
     ):
         try:
-            word = "listening on "
-            line = eventually(lambda: _line(output.name, word), START_SECONDS, "it listens")
-            yield int(line.removeprefix(word)), summaries
+            line = eventually(lambda: _said(process, output.name), START_SECONDS, "it listens")
+            yield int(line.removeprefix(LISTENING)), summaries
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -181,9 +183,10 @@ def echo_server(*arguments: str) -> Iterator[tuple[int, list[Summary]]]:
         summaries.append(Summary.parse(Path(output.name).read_text().splitlines()[-1]))
 
 
-def _line(name: str, word: str) -> str | None:
-    lines = Path(name).read_text().splitlines(keepends=True)
-    return next((line for line in lines if line.startswith(word) and line.endswith("\n")), None)
+def _said(process: subprocess.Popen[bytes], output: str) -> str | None:
+    assert process.poll() is None, "the echo server has ended"
+    lines = Path(output).read_text().splitlines(keepends=True)
+    return next((line for line in lines if line.startswith(LISTENING) and line[-1:] == "\n"), None)
 
 
 def run(port: int, cases: list[str], directory: Path, seconds: float) -> dict[str, Result]:

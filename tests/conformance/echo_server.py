@@ -1,6 +1,7 @@
 """An echo server made of the product's own parts, for test suites that speak WebSocket.
 
-    python -m tests.conformance.echo_server PORT [--max-message BYTES] [--max-fragments N]
+    python -m tests.conformance.echo_server PORT
+        [--max-message BYTES] [--max-fragments N] [--deflate]
 
 It listens on 127.0.0.1:PORT, path ``/ws`` (port 0: any free one), says ``listening on PORT`` on
 standard output and echoes until SIGTERM or SIGINT. Then it ends its connections as a draining
@@ -19,9 +20,7 @@ the frames; and there is no ``goodbye`` message before the Close frame.
 
 import argparse
 import contextlib
-import itertools
 import json
-import math
 import re
 import signal
 import socket
@@ -38,6 +37,7 @@ from supervisor.doors import Address, Buffers, open_doors
 from trioserver import frames
 from trioserver.auth import Claims, Verifier
 from trioserver.connection import Connection, Pace, Shared
+from trioserver.deflate import Compressor, inflate
 from trioserver.errors import CloseReason
 from trioserver.hub import Hub
 from trioserver.listener import Listener
@@ -90,30 +90,41 @@ class Summary:
 class Echo(Connection):
     """A connection that sends back what it gets."""
 
-    __slots__ = ()
+    __slots__ = ("_compressor",)
 
     def __init__(
-        self, shared: Shared, sock: socket.socket, greeting: bytes, early: bytes, max_fragments: int
+        self,
+        shared: Shared,
+        sock: socket.socket,
+        greeting: bytes,
+        *,
+        max_fragments: int,
+        deflate: bool,
     ) -> None:
-        super().__init__(shared, sock, "echo", greeting, None, early)
-        # The product has no setting for fragments. An extension that the handshake has
-        # negotiated belongs here too.
-        self._decoder = frames.Decoder(shared.max_message, max_fragments)
+        super().__init__(shared, sock, "echo", greeting, None, deflate=deflate)
+        self._compressor = shared.compressor if deflate else None
+        # Again, because the product has no setting for fragments.
+        self._decoder = frames.Decoder(
+            shared.max_message, max_fragments, inflate if deflate else None
+        )
 
-    def _process(self, events: list[frames.Event], now: float) -> CloseReason | None:  # noqa: ARG002
+    def _process(self, events: list[frames.Event], now: float) -> CloseReason | None:
         replies: list[bytes] = []
         for opcode, payload in events:
             if opcode == frames.CLOSE:
                 self._peer_code = payload[:2]
             elif opcode in ANSWERS:
-                replies.append(frames.encode(ANSWERS[opcode], payload))
+                reply = frames.encode(ANSWERS[opcode], payload)
+                if opcode == frames.TEXT and self._compressor is not None:
+                    reply = self._compressor.of(reply)
+                replies.append(reply)
                 if opcode != frames.PING:
                     self._message_since = None
         if replies:
             self._outbox.offer(b"".join(replies))
         return None
 
-    def _goodbye(self, reason: CloseReason, reconnect_in_ms: int | None) -> bytes:  # noqa: ARG002
+    def _goodbye(self, reason: CloseReason, reconnect_in_ms: int | None) -> bytes:
         return frames.encode_close(reason.code, reason.text)
 
 
@@ -123,20 +134,11 @@ class EchoListener(Listener):
 
     max_fragments: int
 
-    def start(
-        self,
-        sock: socket.socket,
-        greeting: bytes,
-        claims: Claims | None,  # noqa: ARG002 - whoever it is
-        early: bytes,
+    def connection(
+        self, sock: socket.socket, greeting: bytes, claims: Claims | None, *, deflate: bool
     ) -> Connection:
-        """Turn a socket into an echo with a task of its own."""
-        nursery = self._nursery
-        assert nursery is not None
-        connection = Echo(self.shared, sock, greeting, early, self.max_fragments)
-        self.connections.add(connection)
-        nursery.start_soon(self._live, connection)
-        return connection
+        """Make an echo."""
+        return Echo(self.shared, sock, greeting, max_fragments=self.max_fragments, deflate=deflate)
 
 
 class Nobody:
@@ -150,14 +152,15 @@ class Nobody:
 
 
 class EchoServer:
-    """The echoes of one process.
+    """The echoes of one process; made where Trio runs.
 
     Args:
         max_message: Bytes of payload a message may have; 0 means no limit.
         max_fragments: Frames a message may consist of.
+        deflate: Whether clients may negotiate permessage-deflate.
     """
 
-    def __init__(self, max_message: int, max_fragments: int) -> None:
+    def __init__(self, max_message: int, max_fragments: int, *, deflate: bool = False) -> None:
         self.bugs: list[BaseException] = []
         self.tally = Tally()
         self.pump = Pump(self._bug)
@@ -169,7 +172,9 @@ class EchoServer:
             tally=self.tally,
             pace=CALM,
             outbox_limits=OutboxLimits(
-                max_bytes=SHIPPED.outbox_max_bytes, max_frames=SHIPPED.outbox_max_frames
+                # An echo must be able to wait.
+                max_bytes=max(SHIPPED.outbox_max_bytes, 2 * max_message),
+                max_frames=SHIPPED.outbox_max_frames,
             ),
             max_message=max_message,
             user_topic=str.encode,
@@ -177,6 +182,7 @@ class EchoServer:
             wall=time.time,
             log_bug=lambda _doing, bug: self._bug(bug),
             log_end=lambda _connection, _reason: None,
+            compressor=Compressor() if deflate else None,
         )
         self.listener = EchoListener(
             shared=shared,
@@ -224,7 +230,9 @@ class EchoServer:
 
 def resident(field: str) -> int:
     """Return ``VmRSS`` (now) or ``VmHWM`` (at most) of this process, in bytes."""
-    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    found = re.search(
+        rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE
+    )
     assert found is not None
     return int(found[1]) << 10
 
@@ -235,15 +243,22 @@ def main() -> int:
     parser.add_argument("port", type=int)
     parser.add_argument("--max-message", type=int, default=SHIPPED.ws_max_message_size)
     parser.add_argument("--max-fragments", type=int, default=frames.MAX_FRAGMENTS)
+    parser.add_argument("--deflate", action="store_true")
     arguments = parser.parse_args()
     address = Address(
         host="127.0.0.1", port=arguments.port, host_setting="HOST", port_setting="PORT"
     )
     buffers = Buffers(receive=SHIPPED.ws_read_buffer_size, send=SHIPPED.ws_write_buffer_size)
     (door,) = open_doors(address, 1, buffers)
-    server = EchoServer(arguments.max_message, arguments.max_fragments)
+
+    async def serve() -> Summary:
+        server = EchoServer(
+            arguments.max_message, arguments.max_fragments, deflate=arguments.deflate
+        )
+        return await server.run(door)
+
     with contextlib.closing(door):
-        summary = trio.run(server.run, door)
+        summary = trio.run(serve)
     print(summary.line())  # noqa: T201
     return 1 if summary.bugs else 0
 

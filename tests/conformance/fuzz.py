@@ -1,8 +1,8 @@
 """Coverage-guided fuzzing: ``python -m tests.conformance.fuzz frames|handshake|messages SECONDS``.
 
-Needs atheris (``pip install atheris``), which brings libFuzzer. It starts from the committed corpus,
-runs at the lowest priority, and then adds to the corpus what it has found new: the inputs that
-reach a path through the product, or a number of repetitions of one, that no committed input
+Needs atheris (``pip install atheris``), which brings libFuzzer. It starts from the committed
+corpus, runs at the lowest priority, and then adds to the corpus what it has found new: the inputs
+that reach a path through the product, or a number of repetitions of one, that no committed input
 reaches. Exit code 1 means a finding: the input is in the corpus as ``finding-…``, so that the
 replay fails until it is repaired.
 
@@ -59,16 +59,21 @@ def features(feed: Callable[[bytes], object], data: bytes) -> set[Feature]:
     return {(*way, count.bit_length()) for way, count in counts.items()}
 
 
+def reached(target: Target, data: bytes) -> set[object]:
+    """Return everything about an input that could be new."""
+    return {*features(target.feed, data), target.outcome(data)}
+
+
 def novel(target: Target, found: Iterable[bytes]) -> list[bytes]:
     """Return the inputs that add to what the corpus reaches, the short ones first."""
-    seen: set[Feature] = set()
+    seen: set[object] = set()
     for _, data in target.corpus():
-        seen |= features(target.feed, data)
+        seen |= reached(target, data)
     new = []
     for data in sorted(found, key=len):
-        reached = features(target.feed, data)
-        if not reached <= seen:
-            seen |= reached
+        news = reached(target, data)
+        if not news <= seen:
+            seen |= news
             new.append(data)
     return new
 
@@ -78,8 +83,17 @@ def fuzz(target: Target, seconds: int) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         (directory / "new").mkdir()
-        command = [sys.executable, "-m", "tests.conformance.hunt", target.name, str(seconds), scratch]
-        status = subprocess.run(command, check=False, timeout=2 * seconds + GRACE_SECONDS).returncode
+        command = [
+            sys.executable,
+            "-m",
+            "tests.conformance.hunt",
+            target.name,
+            str(seconds),
+            scratch,
+        ]
+        status = subprocess.run(
+            command, check=False, timeout=2 * seconds + GRACE_SECONDS
+        ).returncode
         found = [path.read_bytes() for path in (directory / "new").iterdir()]
         for data in (new := novel(target, found)):
             (target.directory / f"found-{_digest(data)}").write_bytes(data)
@@ -87,9 +101,13 @@ def fuzz(target: Target, seconds: int) -> int:
         for path in findings:
             name = f"finding-{_digest(path.read_bytes())}"
             shutil.copy(path, target.directory / name)
-            print(f"FINDING {name}: {path.read_bytes()!r}")
-    print(f"{target.name}: {len(found)} inputs kept by the fuzzer, {len(new)} added to the corpus")
+            _say(f"FINDING {name}: {path.read_bytes()!r}")
+    _say(f"{target.name}: {len(found)} inputs kept by the fuzzer, {len(new)} added to the corpus")
     return 1 if findings or status else 0
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
 
 
 def _digest(data: bytes) -> str:
@@ -103,7 +121,7 @@ def main() -> int:
     parser.add_argument("seconds", type=int)
     arguments = parser.parse_args()
     if importlib.util.find_spec("atheris") is None:
-        print("atheris is not installed: pip install atheris", file=sys.stderr)
+        _say("atheris is not installed: pip install atheris")
         return 2
     return fuzz(TARGETS[arguments.target], arguments.seconds)
 

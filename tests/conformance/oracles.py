@@ -10,14 +10,16 @@ from typing import Final
 
 from wsproto.connection import SERVER, Connection, ConnectionState
 from wsproto.events import BytesMessage, CloseConnection, Ping, Pong, TextMessage
+from wsproto.extensions import PerMessageDeflate
 
+from trioserver.deflate import ACCEPTED
 from trioserver.errors import CloseReason
 from trioserver.frames import BINARY, CLOSE, PING, PONG, TEXT, Decoder, Event
 
 DIFFERENCES: Final = {
     "limits": "wsproto bounds neither messages nor fragments; they are compared without limits",
     "assembly": "wsproto hands out parts of messages; they are put together here",
-    "early 1002": "we judge the first two bytes of a frame; wsproto waits for length, mask, payload",
+    "early 1002": "we judge a frame by its first two bytes; wsproto waits for mask and payload",
     "early 1007": "wsproto reads text within an unfinished frame; we read it frame by frame",
     "1014": "Bad Gateway is registered with IANA since 2016; wsproto does not know it",
 }
@@ -39,15 +41,21 @@ _PATIENCE: Final = 1 << 20
 """Bytes we add at most to complete a frame; one that announces more stays unfinished."""
 
 
+def _agreed() -> PerMessageDeflate:
+    extension = PerMessageDeflate()
+    extension.accept(ACCEPTED)
+    return extension
+
+
 class WsprotoReader:
     """wsproto as a reader of the same kind as `Decoder`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, deflated: bool = False) -> None:
         self.events: list[Event] = []
         self.code: int | None = None
         """The close code with which it failed, if it did."""
         self.why = ""
-        self._connection = Connection(SERVER)
+        self._connection = Connection(SERVER, [_agreed()] if deflated else [])
         self._text = ""
         self._binary = b""
 
@@ -123,7 +131,8 @@ def head_faults(head: bytes) -> list[str]:
         return ["no end"]
     # RFC 9112 2.2: empty lines before the request line may be ignored.
     first, *lines = head.removesuffix(b"\r\n\r\n").lstrip(b"\r\n").split(b"\r\n")
-    words = first.split(b" ")
+    # RFC 9112 3: a reader may split the line at runs of spaces.
+    words = [word for word in first.split(b" ") if word]
     faults: list[str] = []
     if len(words) != 3 or words[0] != b"GET" or words[2] != b"HTTP/1.1" or words[1][:1] != b"/":
         faults.append("request line")

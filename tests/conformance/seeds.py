@@ -7,12 +7,14 @@ Names say what an input is; what the fuzzer has found besides is named by its ha
 
 import json
 import re
+import zlib
 from typing import Final
 
 from tests.conformance.streams import CLOSE_CODES, GARBLED, HEADERS
 from tests.conformance.targets import TARGETS
 from tests.trioserver.test_handshake import ROWS
 from tests.trioserver.wire import BINARY, CLOSE, PING, PONG, TEXT, close, frame
+from trioserver.deflate import deflate
 
 GREETING: Final = "Hello-µ@ßöäüàá-UTF-8!! κόσμε 𐀀􏿿".encode()
 LAST_OF_LENGTH: Final = ("\x7f", "\u07ff", "\uffff", "\U0010ffff", "\ud7ff", "\ue000", "\ufffd")
@@ -31,8 +33,7 @@ def pieces(opcode: int, *parts: bytes, between: bytes = b"") -> bytes:
     """Return a message in fragments."""
     last = len(parts) - 1
     return b"".join(
-        (between if number else b"")
-        + frame(0 if number else opcode, part, fin=number == last)
+        (between if number else b"") + frame(0 if number else opcode, part, fin=number == last)
         for number, part in enumerate(parts)
     )
 
@@ -56,7 +57,7 @@ def frame_seeds() -> dict[str, bytes]:
     for opcode in range(16):
         seeds[f"opcode-{opcode}"] = frame(TEXT, b"ok") + frame(opcode, b"x") + frame(PING)
         seeds[f"opcode-{opcode}-not-final"] = frame(opcode, fin=False) + frame(0, b"x")
-    seeds |= fragment_seeds() | text_seeds() | close_seeds()
+    seeds |= fragment_seeds() | text_seeds() | close_seeds() | deflate_seeds()
     for number, header in enumerate(HEADERS):
         seeds[f"header-{number:02}"] = header
         seeds[f"header-{number:02}-after-fragment"] = frame(TEXT, b"x", fin=False) + header
@@ -114,6 +115,37 @@ def close_seeds() -> dict[str, bytes]:
     }
 
 
+def deflate_seeds() -> dict[str, bytes]:
+    """Return compressed messages, right, broken and out of proportion."""
+    packed, bomb = deflate(GREETING), deflate(bytes(1 << 20))
+    final = zlib.compressobj(9, zlib.DEFLATED, -15)
+    ended = final.compress(GREETING) + final.flush()
+    split = frame(TEXT, packed[:9], fin=False, rsv=4)
+    return {
+        "deflated": frame(TEXT, packed, rsv=4) * 2 + frame(TEXT, GREETING),
+        "deflated-binary": frame(BINARY, deflate(b"\xff" * 90), rsv=4),
+        "deflated-fragments": split + frame(PING) + frame(0, packed[9:]),
+        "deflated-fragment-marked-too": split + frame(0, packed[9:], rsv=4),
+        "deflated-control": frame(PING, packed, rsv=4),
+        "deflated-nothing": frame(TEXT, b"", rsv=4) + frame(TEXT, b"\0", rsv=4),
+        "deflated-final-block": frame(TEXT, ended + b"\0", rsv=4),
+        "deflated-final-block-and-more": frame(TEXT, ended + packed, rsv=4),
+        "deflated-unfinished": frame(TEXT, packed[:20], rsv=4),
+        "deflated-not": frame(TEXT, GREETING, rsv=4),
+        "deflated-garbled-text": frame(TEXT, deflate(b"\xed\xa0\x80"), rsv=4),
+        "deflated-100": frame(TEXT, deflate(b"*" * 100), rsv=4),
+        "deflated-101": frame(TEXT, deflate(b"*" * 101), rsv=4),
+        "deflated-16384": frame(TEXT, deflate(b"*" * (16 << 10)), rsv=4),
+        "deflated-16385": frame(TEXT, deflate(b"*" * ((16 << 10) + 1)), rsv=4),
+        "deflated-bomb": frame(TEXT, bomb, rsv=4),
+        "deflated-bomb-in-fragments": b"".join(
+            frame(0 if i else TEXT, bomb[i : i + 99], fin=False, rsv=0 if i else 4)
+            for i in range(0, len(bomb), 99)
+        )
+        + frame(0),
+    }
+
+
 def message_seeds() -> dict[str, bytes]:
     """Return what clients and publishers might say."""
     seeds = {"nothing": b"", "greeting": GREETING, "nul": b"\0", "not-utf8": b'{"type":"\xff"}'}
@@ -152,9 +184,14 @@ def main() -> None:
     for target, seeds in tables.items():
         directory = TARGETS[target].directory
         directory.mkdir(parents=True, exist_ok=True)
+        for path in directory.glob("seed-*"):
+            path.unlink()
+        written = {path.read_bytes() for path in directory.iterdir()}
         for name, data in seeds.items():
-            words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-            (directory / f"seed-{words}").write_bytes(data)
+            if data not in written:
+                words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+                (directory / f"seed-{words}").write_bytes(data)
+                written.add(data)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Strategies for byte streams that are WebSocket frames, mostly."""
 
 import itertools
+import zlib
 from typing import Final
 
 from hypothesis import strategies as st
 
 from tests.trioserver.wire import BINARY, CLOSE, PING, PONG, TEXT, close, frame
+from trioserver.frames import Event
 
 EDGES: Final = (0, 1, 2, 124, 125, 126, 127, 128, 255, 256)
 CLOSE_CODES: Final = (
@@ -76,7 +78,51 @@ def pieces(draw: st.DrawFn) -> list[bytes]:
     data = b"".join(draw(st.lists(items, min_size=1, max_size=8)))
     if draw(st.booleans()):
         data = data[: draw(st.integers(0, len(data)))]
+    return draw(cuts(data))
+
+
+@st.composite
+def cuts(draw: st.DrawFn, data: bytes) -> list[bytes]:
+    """The same data at random places or byte by byte."""
     if draw(st.booleans()):
         return [data[i : i + 1] for i in range(len(data))]
     places = sorted(draw(st.lists(st.integers(0, len(data)), max_size=12)))
     return [data[a:b] for a, b in itertools.pairwise([0, *places, len(data)])]
+
+
+@st.composite
+def deflated(draw: st.DrawFn) -> tuple[bytes, Event]:
+    """A compressed message in one or more fragments, and what it says."""
+    opcode, payload = draw(
+        st.one_of(
+            st.tuples(
+                st.just(TEXT), st.one_of(texts, sized, st.text(max_size=300).map(str.encode))
+            ),
+            st.tuples(st.just(BINARY), st.binary(max_size=300)),
+        )
+    )
+    deflater = zlib.compressobj(
+        draw(st.integers(0, 9)),
+        zlib.DEFLATED,
+        -draw(st.integers(9, 15)),
+        draw(st.integers(1, 9)),
+        draw(st.sampled_from((zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY, zlib.Z_FIXED))),
+    )
+    middle = draw(st.integers(0, len(payload)))
+    packed = deflater.compress(payload[:middle])
+    packed += deflater.flush(draw(st.sampled_from((zlib.Z_NO_FLUSH, zlib.Z_FULL_FLUSH))))
+    packed += deflater.compress(payload[middle:]) + deflater.flush(zlib.Z_SYNC_FLUSH)
+    packed = packed.removesuffix(b"\0\0\xff\xff")
+    places = sorted(draw(st.lists(st.integers(0, len(packed)), max_size=3)))
+    parts = [packed[a:b] for a, b in itertools.pairwise([0, *places, len(packed)])]
+    data = b"".join(
+        frame(
+            0 if number else opcode,
+            part,
+            fin=number == len(parts) - 1,
+            rsv=0 if number else 4,
+            mask=draw(masks),
+        )
+        for number, part in enumerate(parts)
+    )
+    return data, (opcode, payload)

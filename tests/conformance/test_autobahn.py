@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
+import attrs
 import pytest
 
 from tests.conformance import autobahn
@@ -70,6 +71,23 @@ def test_large_messages_are_refused_as_shipped(tmp_path: Path) -> None:
     assert summary.peak_rss - summary.idle_rss <= 32 * MIB
 
 
+COMPRESSION = {
+    **{f"12.{number}": 18 for number in range(1, 6)},
+    **{f"13.{number}": 18 for number in range(1, 8)},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("section", COMPRESSION)
+def test_compressed_messages(section: str, tmp_path: Path) -> None:
+    """Sections 12 and 13 with compression on, beyond the product's other limits."""
+    options = ("--deflate", "--max-message", str(MIB), "--max-fragments", str(1 << 12))
+    results, _ = verdicts(tmp_path, [f"{section}.*"], *options, seconds=180)
+    assert autobahn.surprises(results, autobahn.allowed("compression", f"{section}.*")) == []
+    assert len(results) == COMPRESSION[section]
+
+
 def test_the_list_is_exact() -> None:
     """A case beside the list, another behaviour, code or end, and an entry too many are found."""
     good = Result(behaviour="OK", behaviour_close="OK", code=1000)
@@ -80,6 +98,9 @@ def test_the_list_is_exact() -> None:
     assert len(autobahn.surprises({"1.1": good}, [entry])) == 1
     assert len(autobahn.surprises({"2.1": good}, [entry])) == 1
     assert len(autobahn.surprises({"1.1": bad}, [entry, entry])) == 0
-    for change in ({"code": 0}, {"behaviour_close": "FAILED"}, {"behaviour": "NON-STRICT"}):
-        other = Result(**{"behaviour": "FAILED", "behaviour_close": "OK", "code": 1009} | change)
+    for other in (
+        attrs.evolve(bad, code=0),
+        attrs.evolve(bad, behaviour_close="FAILED"),
+        attrs.evolve(bad, behaviour="NON-STRICT"),
+    ):
         assert len(autobahn.surprises({"1.1": other}, [entry])) == 1

@@ -2,19 +2,31 @@
 
 import pytest
 from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from tests.conformance.oracles import DIFFERENCES, difference
-from tests.conformance.streams import CLOSE_CODES, GARBLED, HEADERS, pieces
-from tests.trioserver.wire import BINARY, TEXT, close, frame
+from tests.conformance.oracles import DIFFERENCES, WsprotoReader, difference
+from tests.conformance.streams import CLOSE_CODES, GARBLED, HEADERS, cuts, deflated, pieces
+from tests.trioserver.wire import BINARY, PING, TEXT, close, frame
+from trioserver.deflate import inflate
+from trioserver.frames import Decoder, Event
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(pieces())
 @example([frame(TEXT, b"\xc3", fin=False), frame(0, b"\xa4")])
 @example([frame(TEXT, b"a", fin=False) + frame(BINARY, b"b")[:2]])
 @example([frame(TEXT, b"\xffabc")[:-2]])
 def test_random_streams_mean_the_same_to_wsproto(stream: list[bytes]) -> None:
     """Messages, control frames and close codes are the same, but for `DIFFERENCES`."""
+    assert difference(stream) is None, DIFFERENCES
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@settings(max_examples=4000, deadline=None)
+@given(pieces())
+def test_many_random_streams_mean_the_same_to_wsproto(stream: list[bytes]) -> None:
+    """The same, for longer."""
     assert difference(stream) is None, DIFFERENCES
 
 
@@ -32,3 +44,20 @@ def test_known_hard_streams_mean_the_same_to_wsproto(step: int) -> None:
     for stream in streams:
         cut = [stream[i : i + step] for i in range(0, len(stream), step)]
         assert difference(cut) is None, stream
+
+
+@settings(deadline=None)
+@given(st.lists(deflated(), max_size=4), st.data())
+def test_compressed_messages_mean_the_same_to_wsproto(
+    messages: list[tuple[bytes, Event]], rest: st.DataObject
+) -> None:
+    """Whatever the level, strategy, window and fragments, both read what was compressed."""
+    stream = b"".join(data + frame(PING) for data, _ in messages)
+    expected = [event for _, said in messages for event in (said, (PING, b""))]
+    ours, theirs = Decoder(0, inflate=inflate), WsprotoReader(deflated=True)
+    found: list[Event] = []
+    for piece in rest.draw(cuts(stream)):
+        found += ours.receive(piece)
+        theirs.receive(piece)
+    assert (expected, None) == (found, ours.failure)
+    assert (expected, None) == (theirs.events, theirs.code)

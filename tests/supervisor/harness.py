@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,26 @@ def open_fds(pid: int | None = None) -> dict[int, str]:
 
 
 @contextmanager
+def no_descriptors_left(but: int = 0) -> Iterator[None]:
+    """Open all that may be open, for a while, except for a few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(open_fds())
+    fillers: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + but, hard))
+    try:
+        with suppress(OSError):
+            while True:
+                fillers.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(but):
+            os.close(fillers.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for filler in fillers:
+            os.close(filler)
+
+
+@contextmanager
 def short_directory() -> Iterator[Path]:
     """Make a directory whose path leaves room for the name of a Unix socket, and remove it."""
     path = Path(tempfile.mkdtemp(prefix="ts-"))
@@ -108,7 +129,8 @@ class Family:
     def close(self) -> None:
         """Kill and reap whoever is left, with those in their groups."""
         for pid in self.processes.alive:
-            os.killpg(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # Only a zombie is left of it.
+                os.killpg(pid, signal.SIGKILL)
             self.code_of(pid)
 
 

@@ -1,8 +1,6 @@
 """The serving side of the control socket, driven by a real selector."""
 
 import contextlib
-import os
-import resource
 import selectors
 import socket
 import time
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from supervisor.control import ControlServer
+from tests.supervisor.harness import no_descriptors_left
 from trioserver.status import Verdict, encode
 
 YES = Verdict(ok=True)
@@ -164,6 +163,16 @@ def test_a_caller_that_does_not_read_its_answers_is_hung_up_on(driver: Driver) -
     assert received < 40 * 60_000
 
 
+def test_a_caller_that_floods_without_reading_is_hung_up_on(driver: Driver) -> None:
+    """Also in the middle of what it has said."""
+    caller = driver.call(b"\n" * 65536)
+
+    caller.settimeout(5)
+    with contextlib.suppress(ConnectionError):
+        while caller.recv(1 << 20):
+            pass
+
+
 def test_an_idle_caller_makes_room_for_a_new_one(driver: Driver) -> None:
     """Who waits for an answer does not."""
     waiting = driver.call(b'{"op":"stop"}\n')
@@ -190,24 +199,6 @@ def test_when_all_wait_a_new_one_is_turned_away(driver: Driver) -> None:
     assert len(driver.asked) == 64
 
 
-@contextlib.contextmanager
-def no_descriptors_left() -> Iterator[None]:
-    """Open all that may be open, for a while."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(int(fd.name) for fd in Path("/proc/self/fd").iterdir())
-    fillers: list[int] = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
-    try:
-        with contextlib.suppress(OSError):
-            while True:
-                fillers.append(os.open(os.devnull, os.O_RDONLY))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        for filler in fillers:
-            os.close(filler)
-
-
 def test_without_descriptors_it_neither_spins_nor_gives_up(driver: Driver) -> None:
     """New callers wait for a second, and are served when there are descriptors again."""
     caller = socket.socket(socket.AF_UNIX)
@@ -225,6 +216,19 @@ def test_without_descriptors_it_neither_spins_nor_gives_up(driver: Driver) -> No
     driver.turn()
 
     assert driver.asked == [(1, "status")]
+
+
+def test_it_can_be_closed_while_it_has_no_descriptors(driver: Driver) -> None:
+    """The end does not depend on better times."""
+    caller = socket.socket(socket.AF_UNIX)
+    driver.callers.append(caller)
+    with no_descriptors_left():
+        caller.connect(str(driver.path))
+        driver.turn()
+        driver.server.stop_listening()
+
+    assert not driver.path.exists()
+    assert hung_up(caller)
 
 
 def test_the_socket_is_private(driver: Driver) -> None:

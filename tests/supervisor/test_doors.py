@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from supervisor.doors import Address, Buffers, PortTakenError, open_doors, printable, reachable
+from tests.supervisor.harness import no_descriptors_left, open_fds
 from trioserver.errors import CommandError, SettingsError
 
 
@@ -181,3 +182,12 @@ def test_an_address_that_cannot_be_bound_says_why(opened: Open) -> None:
         opened(address("fe80::1", 8081))
 
     assert "cannot listen on fe80::1:8081: " in str(caught.value)
+
+
+def test_doors_that_cannot_all_be_opened_are_closed_again(opened: Open) -> None:
+    """Nothing is left behind of half a server."""
+    before = open_fds()
+    with no_descriptors_left(but=2), pytest.raises(CommandError, match="Too many open files"):
+        opened(address(), 3)
+
+    assert open_fds() == before

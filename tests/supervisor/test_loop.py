@@ -353,7 +353,7 @@ def test_fifty_restarts_leave_no_descriptor_behind(start: Start) -> None:
     assert sum(worker.restarts for worker in server.status().workers) == 50
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.01, 0.03, 0.1, 0.5])
+@pytest.mark.parametrize("delay", [0.0, 0.03, 0.3])
 def test_nobody_survives_a_killed_supervisor(start: Start, delay: float) -> None:
     """Whenever it happens: children see the end of their pairs and go, the ports are free."""
     server = start()
@@ -440,27 +440,26 @@ def test_a_release_that_does_not_get_ready_is_given_up(start: Start) -> None:
     eventually(lambda: set(server.family()) == before)
 
 
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [
-        ({"ws_port": 1234}, "WS_PORT has changed, which needs a restart"),
-        ({"admin_host": "0.0.0.0"}, "ADMIN_HOST has changed, which needs a restart"),
-        ({"workers": 3}, "WORKERS has changed, which needs a restart"),
-        ({"data_dir": "/elsewhere"}, "DATA_DIR has changed, which needs a restart"),
-        ({"redis_url": None}, "REDIS_URL or REDIS_HOST came or went, which needs a restart"),
-    ],
-)
-def test_what_needs_a_restart_is_not_reloaded(
-    start: Start, changed: dict[str, object], reason: str
-) -> None:
+def test_what_needs_a_restart_is_not_reloaded(start: Start) -> None:
     """The refusal names the setting, and nobody was bothered."""
     server = start()
     server.wait_ready()
     before = server.status()
-    server.new_settings(**changed)
-    verdict = server.verdict("reload")
+    obstacles: dict[str, object] = {
+        "ws_port": 1234,
+        "admin_host": "0.0.0.0",
+        "workers": 3,
+        "data_dir": "/elsewhere",
+    }
+    for name, value in obstacles.items():
+        server.new_settings(**{name: value})
+        verdict = server.verdict("reload")
+        expected = f"{name.upper()} has changed, which needs a restart"
+        assert (verdict.ok, verdict.reason) == (False, expected)
 
-    assert (verdict.ok, verdict.reason) == (False, reason)
+    server.new_settings(redis_url=None)
+    reason = server.verdict("reload").reason
+    assert reason == "REDIS_URL or REDIS_HOST came or went, which needs a restart"
     assert server.status().workers[0].pid == before.workers[0].pid
 
 

@@ -148,6 +148,12 @@ HISTORIES = [
         ],
     ),
     History(
+        promise="the second death within a minute waits, however well the child was",
+        steps=[(20.0, end(W0, 1)), (21.0, ready(NEW_W0)), (36.0, end(NEW_W0, 1))],
+        until=40.0,
+        done=[(20.0, worker(0)), (36.5, worker(0))],
+    ),
+    History(
         promise="a minute of health forgets earlier deaths",
         steps=[
             (20.0, end(W0, 1)),
@@ -248,6 +254,26 @@ HISTORIES = [
         exit_code=0,
     ),
     History(
+        promise="a stop gives a hung worker no more time",
+        steps=[
+            (20.0, silence(W0)),
+            (36.0, TERM),
+            (36.5, end(W1)),
+            (37.1, end(W0, -9)),
+            (37.2, end(GATEWAY)),
+        ],
+        until=60.0,
+        done=[
+            (35.0, kill(W0, signal.SIGABRT)),
+            (36.0, drain(W0, FULL_DRAIN, 5.0)),
+            (36.0, drain(W1, FULL_DRAIN, 5.0)),
+            (37.0, kill(W0)),
+            (37.1, drain(GATEWAY, 1.5 * 0.95, quick=True)),
+            (37.2, Exit(code=0)),
+        ],
+        exit_code=0,
+    ),
+    History(
         promise="the embedded Redis goes last",
         redis=True,
         steps=[
@@ -329,6 +355,28 @@ HISTORIES = [
             (26.2, kill(W1)),
             (26.2, kill(GATEWAY)),
             (26.2, Exit(code=0)),
+        ],
+        exit_code=0,
+    ),
+    History(
+        promise="a signal that comes when only Redis is left shortens its time",
+        redis=True,
+        steps=[
+            (20.0, TERM),
+            (21.0, end(101)),
+            (21.0, end(102)),
+            (21.0, end(103)),
+            (21.1, INT),
+            (21.8, end(REDIS, -9)),
+        ],
+        until=60.0,
+        done=[
+            (20.0, drain(101, FULL_DRAIN, 5.0)),
+            (20.0, drain(102, FULL_DRAIN, 5.0)),
+            (21.0, drain(103, 1.5 * 0.95, quick=True)),
+            (21.0, kill(REDIS, signal.SIGTERM)),
+            (21.7, kill(REDIS)),
+            (21.8, Exit(code=0)),
         ],
         exit_code=0,
     ),
@@ -508,6 +556,40 @@ HISTORIES = [
                     reply=Verdict(ok=False, reason="worker 1 ended with exit code 1"),
                 ),
             ),
+        ],
+    ),
+    History(
+        promise="a new worker that starts and dies before all are ready ends the reload, too",
+        steps=[
+            (20.0, HUP),
+            (20.5, snapshot()),
+            (21.0, ready(NEW_W0)),
+            (22.0, end(NEW_W0, 1)),
+            (22.1, end(NEW_W1, -15)),
+            (22.1, end(NEW_GATEWAY, -15)),
+        ],
+        until=100.0,
+        done=[
+            (20.0, TakeSnapshot(generation=2)),
+            (20.5, worker(0, 2)),
+            (20.5, worker(1, 2)),
+            (20.5, gateway(2)),
+            (22.0, drain(NEW_W1, QUICK, quick=True)),
+            (22.0, kill(NEW_W1, signal.SIGTERM)),
+            (22.0, drain(NEW_GATEWAY, QUICK, quick=True)),
+            (22.0, kill(NEW_GATEWAY, signal.SIGTERM)),
+            (22.0, DropSnapshot(generation=2)),
+        ],
+    ),
+    History(
+        promise="settings that are read twice raise one generation",
+        steps=[(20.0, HUP), (20.5, snapshot()), (20.6, snapshot())],
+        until=21.0,
+        done=[
+            (20.0, TakeSnapshot(generation=2)),
+            (20.5, worker(0, 2)),
+            (20.5, worker(1, 2)),
+            (20.5, gateway(2)),
         ],
     ),
     History(
@@ -831,6 +913,16 @@ def test_a_child_that_cannot_be_spawned_fails_the_first_start() -> None:
     assert pool.exit_code == 3
 
 
+def test_if_nothing_can_be_spawned_it_is_over_when_all_was_tried() -> None:
+    """Not before: what is still ordered might succeed, and would be left alone."""
+    pool = Pool()
+    pool.unspawnable = {(Kind.WORKER, 0), (Kind.WORKER, 1), (Kind.GATEWAY, 0)}
+    pool.tell(Begin())
+
+    assert pool.did()[-1] == (0.0, Exit(code=3))
+    assert pool.exit_code == 3
+
+
 def test_a_child_that_dies_after_it_started_does_not_fail_the_first_start() -> None:
     """It has proven that this release works; the others may still be starting."""
     pool = Pool()
@@ -904,16 +996,16 @@ def test_a_respawn_that_fails_is_tried_again() -> None:
 
 def test_a_new_generation_that_cannot_be_spawned_fails_the_reload() -> None:
     """Those that could be spawned are killed, the old ones stay."""
-    pool = Pool()
+    pool = Pool(workers=3)
     pool.begin()
     pool.tell(Asked(request=1, op="reload"))
-    pool.unspawnable.add((Kind.WORKER, 1))
+    pool.unspawnable = {(Kind.WORKER, 1), (Kind.WORKER, 2)}
     pool.tell(snapshot())
 
     expected = Verdict(ok=False, reason="worker 1 could not be spawned: full")
     assert [expected] == pool.replies(1)
-    assert {103, 104} <= pool.dismissed
-    assert not {W0, W1, GATEWAY} & pool.dismissed
+    assert {100, 101, 102, 103, 104, 105} == pool.alive.keys()
+    assert pool.dismissed == {104, 105}
 
 
 # --- status --------------------------------------------------------------------------------------
@@ -1053,8 +1145,11 @@ def test_status_during_and_after_a_reload() -> None:
         status.workers[0].pid,
     ) == (True, True, 1, 103)
 
+    end(W1, 1)(pool)
     pool.bring_up()
     status = pool.status()
+
+    assert status.workers[1].restarts == 1
 
     assert (
         status.ready,

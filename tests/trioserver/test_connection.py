@@ -357,6 +357,7 @@ async def test_an_end_before_the_task_has_started_is_not_lost() -> None:
         worker.only().end(CloseReason.GOING_AWAY, reconnect_in_ms=5)
         worker.start_pump()
         assert (await client.response())[0] == 101
+        assert "connection_established" == (await client.message())["type"]
         goodbye = await client.message()
         assert ("going_away", True, 5) == tuple(
             goodbye[key] for key in ("reason", "reconnect", "reconnect_in_ms")
@@ -491,8 +492,10 @@ async def test_a_bug_in_a_callback_ends_its_connection_with_1011_and_no_other() 
         await worker.settled()
 
 
-async def test_a_bug_in_the_task_ends_its_connection_with_1011_and_no_other() -> None:
-    """An exception never leaves run, so the worker's nursery survives."""
+async def test_a_bug_at_confirmation_ends_its_connection_with_1011_and_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An exception never reaches the subscription, which tells many at once."""
     async with running(bugs_expected=True) as worker:
         sibling = await worker.join("bob")
         worker.follower.patient = True
@@ -500,19 +503,17 @@ async def test_a_bug_in_the_task_ends_its_connection_with_1011_and_no_other() ->
         await victim.send(head(credential=token("ann")))
         await victim.response()
 
-        async def broken() -> None:
-            raise LookupError("a bug")
+        def broken(connection: connection_module.Connection, reason: str | None) -> bytes:
+            raise LookupError(f"a bug, {connection}, {reason}")
 
-        pending = worker.follower.pending[topic("ann")]
-        pending.wait = broken  # type: ignore[method-assign]
-        other = await worker.dial()
-        await other.send(head(credential=token("ann")))
-        await other.response()
-        assert "internal_error" == (await other.until("goodbye"))["reason"]
+        with monkeypatch.context() as patched:
+            patched.setattr(connection_module.Connection, "_established", broken)
+            worker.follower.confirm(topic("ann"))
+        assert "internal_error" == (await victim.until("goodbye"))["reason"]
         await sibling.send(text({"type": "ping"}))
         assert "pong" == (await sibling.message())["type"]
         assert 1 == len(worker.bugs)
-        for client in (sibling, victim, other):
+        for client in (sibling, victim):
             await client.aclose()
         await worker.settled()
 

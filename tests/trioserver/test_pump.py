@@ -361,6 +361,7 @@ OUT_OF_DESCRIPTORS = """
     from trioserver.pump import ACCEPT_PAUSE, Door, Pump
 
     async def main():
+        pump = Pump(print)
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         listening = socket.create_server(("127.0.0.1", 0), backlog=256)
         listening.setblocking(False)
@@ -374,8 +375,7 @@ OUT_OF_DESCRIPTORS = """
         for _ in range(3):
             filler.pop().close()
         admitted, pauses, bugs = [], [], []
-        # The pump's own descriptor was there before.
-        pump, door = PUMP, Door(PUMP, listening, admitted.append, pauses.append)
+        door = Door(pump, listening, admitted.append, pauses.append)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pump.run)
             nursery.start_soon(pump.run_timers)
@@ -393,7 +393,6 @@ OUT_OF_DESCRIPTORS = """
             nursery.cancel_scope.cancel()
         print("recovered")
 
-    PUMP = Pump(print)
     trio.run(main)
 """
 

@@ -210,14 +210,25 @@ class Client:
 
 
 class Confirmation:
-    """What a connection waits for until its topic is followed."""
+    """What connections wait for until their topic is followed."""
 
     def __init__(self) -> None:
-        self.event = trio.Event()
+        self.waiters: list[Connection] = []
 
-    async def wait(self) -> None:
-        """Return when the test says so."""
-        await self.event.wait()
+    def notify(self, waiter: Connection) -> None:
+        """Note who waits."""
+        self.waiters.append(waiter)
+
+    def forget(self, waiter: Connection) -> None:
+        """Note who no longer waits."""
+        if waiter in self.waiters:
+            self.waiters.remove(waiter)
+
+    def confirm(self) -> None:
+        """Tell them, as the subscription would."""
+        waiters, self.waiters = self.waiters, []
+        for waiter in waiters:
+            waiter.followed()
 
 
 class Follower:
@@ -241,7 +252,7 @@ class Follower:
 
     def confirm(self, channel: bytes) -> None:
         """Confirm a topic."""
-        self.pending.pop(channel).event.set()
+        self.pending.pop(channel).confirm()
 
 
 @attrs.define(eq=False, kw_only=True)

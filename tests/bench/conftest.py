@@ -1,0 +1,22 @@
+"""Both clients, ready to run."""
+
+from pathlib import Path
+
+import pytest
+
+from bench import client
+from bench import tokens as bench_tokens
+from bench.client import Kind, Program
+
+
+@pytest.fixture(scope="session", params=["c", "python"])
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """Return each of the clients in turn."""
+    kind: Kind = request.param
+    return client.program(tmp_path_factory.mktemp("client"), kind)
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the tokens of forty users."""
+    return bench_tokens.write(tmp_path_factory.mktemp("tokens") / "tokens", 40)

@@ -1,0 +1,127 @@
+"""A server to compare with, and to find out whether faults are counted: it makes them on order.
+
+    python other_server.py PORT REDIS_PORT WORKERS
+
+What is published to the channel ``faults`` is the list of faults from then on, as JSON. A fault
+strikes one number in ten: see `Faulty.deliver`.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from http import HTTPStatus
+from urllib.parse import parse_qs, urlsplit
+
+import hiredis
+import jwt
+import msgspec
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+
+SECRET = "bench-secret-bench-secret-bench-secret"
+
+
+def user_of(path: str) -> str:
+    """Return whose token is in the query."""
+    token = parse_qs(urlsplit(path).query)["token"][0]
+    return str(jwt.decode(token, SECRET, algorithms=["HS256"])["sub"])
+
+
+class Faulty:
+    """All connections of the worker."""
+
+    def __init__(self) -> None:
+        self.faults: set[str] = set()
+        self.connections: dict[str, ServerConnection] = {}
+        self.held: str | None = None
+
+    def refuse(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Refuse bad tokens."""
+        try:
+            user_of(request.path)
+        except jwt.PyJWTError:
+            return connection.respond(HTTPStatus.UNAUTHORIZED, "no")
+        return None
+
+    async def serve(self, connection: ServerConnection) -> None:
+        """Answer one client."""
+        assert connection.request is not None
+        user = user_of(connection.request.path)
+        self.connections[user] = connection
+        count = 0
+        with contextlib.suppress(ConnectionClosed):
+            async for _ in connection:
+                count += 1
+                answer = msgspec.json.encode({"type": "message_response", "count": count})
+                await self.deliver(connection, count, answer.decode())
+        del self.connections[user]
+
+    async def publish(self, channel: bytes, data: bytes) -> None:
+        """Deliver what came from Redis."""
+        if channel == b"faults":
+            self.faults = set(msgspec.json.decode(data))
+            return
+        number = msgspec.json.decode(data)["payload"]["n"]
+        for user, connection in list(self.connections.items()):
+            if channel in {b"channels:broadcast", f"user_noti:{user}".encode()}:
+                with contextlib.suppress(ConnectionClosed):
+                    await self.deliver(connection, number, data.decode())
+
+    async def deliver(self, connection: ServerConnection, number: int, text: str) -> None:
+        """Send one message, or do to it what is ordered for its number."""
+        fault = {3: "lost", 5: "doubled", 6: "closed", 7: "reordered", 9: "stray"}.get(number % 10)
+        if fault not in self.faults:
+            fault = None
+        match fault:
+            case "lost":
+                return
+            case "closed":
+                await connection.close(1001)
+                return
+            case "reordered":
+                self.held = text
+                return
+            case "stray":
+                await connection.send('{"type":"surprise"}')
+        await connection.send(text)
+        if fault == "doubled":
+            await connection.send(text)
+        if self.held is not None:
+            late, self.held = self.held, None
+            await connection.send(late)
+
+
+async def work(port: int, redis_port: int) -> None:
+    """Serve until killed."""
+    faulty = Faulty()
+    reader, writer = await asyncio.open_connection("127.0.0.1", redis_port)
+    writer.write(b"PSUBSCRIBE user_noti:*\r\nSUBSCRIBE channels:broadcast faults\r\n")
+    parser = hiredis.Reader(notEnoughData=Ellipsis)
+    async with serve(faulty.serve, "127.0.0.1", port, process_request=faulty.refuse):
+        while data := await reader.read(65536):
+            parser.feed(data)
+            while (message := parser.gets()) is not Ellipsis:
+                if message[0] in {b"message", b"pmessage"}:
+                    await faulty.publish(message[-2], message[-1])
+
+
+def main(port: str, redis_port: str) -> None:
+    """Run one worker, as a child, until a signal."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        asyncio.run(work(int(port), int(redis_port)))
+        os._exit(1)
+
+    def stop(*_: object) -> None:
+        os.kill(child, signal.SIGKILL)
+
+    signal.signal(signal.SIGINT, stop)
+    os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

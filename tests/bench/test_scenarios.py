@@ -1,0 +1,83 @@
+"""The scenarios, on the product, with numbers that mean nothing."""
+
+from pathlib import Path
+
+from bench import machine, stage
+from bench.client import Program
+from bench.results import Shares
+from bench.scenarios import SCENARIOS
+from bench.servers import Product
+from bench.stage import Plan, Props, bottleneck
+
+TINY = Plan(
+    deliveries=50,
+    notifications=40,
+    echoes=30,
+    rate=500,
+    seconds=0.1,
+    window=8,
+    concurrency=3,
+    rest_seconds=0.0,
+)
+
+
+def test_every_scenario(program: Program, tokens: Path) -> None:
+    """Each scenario does what it says, and the product loses, doubles and reorders nothing."""
+    server, other = machine.cores()
+    props = Props(program=program, tokens=tokens, server_core=server, client_core=other)
+    connections = dict.fromkeys(SCENARIOS, (2,)) | {"idle": (2, 5)}
+
+    with stage.set_for(Product(), props) as here:
+        # One server for all; connections stay, so there are two more each time.
+        played = {
+            name: scenario.measure(here, TINY, connections[name])
+            for name, scenario in SCENARIOS.items()
+        }
+
+    assert {
+        "idle": 3,
+        "connect": 1,
+        "fanout": 25 * 9,
+        "unicast": 40,
+        "echo": 15 * 13,
+        "latency": 50,
+    } == {name: one.units for name, one in played.items()}
+    assert all(one.valid for one in played.values()), played
+    assert [5, 7, 9, 11, 13, 15] == [one.greeted for one in played.values()]
+    for name, one in played.items():
+        assert SCENARIOS[name].headline in one.figures
+        assert name == "idle" or one.figures[SCENARIOS[name].headline] > 0
+        assert 0 < one.shares.worker < 2
+
+
+def test_rows() -> None:
+    """A slope is one measurement over a range, everything else is one per number."""
+    idle, fanout = SCENARIOS["idle"], SCENARIOS["fanout"]
+
+    assert [(2_000, 10_000)] == idle.rows(())
+    assert [(10, 30)] == idle.rows((10, 20, 30))
+    assert [(20, 100)] == idle.rows((100,))
+    assert [(2_000,), (5_000,)] == fanout.rows(())
+    assert [(10,), (20,)] == fanout.rows((10, 20))
+
+
+def test_bottleneck() -> None:
+    """Whoever had nothing left of a core held up the others."""
+
+    def held_up(worker: float, redis: float, client: float) -> str:
+        return bottleneck(Shares(worker=worker, redis=redis, client=client, others=0.0))
+
+    assert "client" == held_up(0.95, 0.0, 0.9)
+    assert "server" == held_up(0.9, 0.0, 0.89)
+    assert "client and Redis" == held_up(0.8, 0.45, 0.45)
+    assert "nobody" == held_up(0.8, 0.2, 0.3)
+
+
+def test_scaled() -> None:
+    """Less work is the same kind of work."""
+    plan = Plan().scaled(0.001)
+
+    assert (400, 100, 200) == (plan.deliveries, plan.notifications, plan.echoes)
+    assert (Plan().size, Plan().rate) == (plan.size, plan.rate)
+    assert 1 == Plan().scaled(1e-9).deliveries
+    assert 1 == plan.warming(3)
