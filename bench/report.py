@@ -9,6 +9,9 @@ from bench.scenarios import SCENARIOS
 DISTURBED: Final = 0.1
 """Share of the worker's core that something else may have had."""
 
+MANY: Final = 4
+"""Places named in one warning."""
+
 _EMPTY: Final = "-"
 
 
@@ -59,7 +62,7 @@ def _page(results: Results) -> Iterator[str]:
     yield f"- load averages at the start: {', '.join(f'{one:.2f}' for one in results.load)}"
     if results.against:
         yield f"- compared with {results.against} (name, SHA-256), in turns, by the same client"
-    yield f"- {', '.join(f'{name} {value:,}' for name, value in results.plan.items())}"
+    yield f"- {', '.join(f'{name} {value:,g}' for name, value in results.plan.items())}"
     yield ""
     yield "## Everything measured"
     yield ""
@@ -133,7 +136,8 @@ def warnings(results: Results) -> list[str]:
             if (which := [one for one in repetitions if wrong(one)])
         ]
         if places:
-            said.append(f"{words}: {', '.join(places)}")
+            more = f" and {len(places) - MANY} more" if places[MANY:] else ""
+            said.append(f"{words}: {', '.join(places[:MANY])}{more}")
     return said
 
 

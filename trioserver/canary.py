@@ -10,8 +10,15 @@ Theory
         link down              unready at once, nobody needs to wait for a canary
         link up again          a canary at once; fresh when it is back
         Redis does not take it unready; tried again soon. The subscription is not to blame
-        it does not come back  within `PATIENCE_SECONDS`: unready, and the subscription gets a new
-                               link. So a deaf one is noticed within interval + patience.
+        it does not come back  within `PATIENCE_SECONDS`: overdue, and unready. So a deaf
+                               subscription is noticed within interval + patience
+
+    An overdue canary may be lost, or sit in a queue behind a burst that this worker has not read
+    yet. A new link cures the first and would, in the second case, throw away all of that burst. So
+    the subscription is asked for a milestone: what Redis had said before it has been delivered
+    when it is reached. The canary came back meanwhile: fresh again, however late. It did not: it
+    is lost, and the subscription gets a new link. The milestone itself does not come: Redis is
+    silent, which the subscription notices by itself, or the worker is still reading.
 
 A canary is a nonce. What comes back and is not the one that is out, an older one or somebody
 else's with the same worker id, is ignored.
@@ -24,6 +31,8 @@ from typing import Final, NoReturn
 import trio
 
 from trioserver.errors import RedisError
+from trioserver.logs import get_logger
+from trioserver.rate_limit import RateLimited
 from trioserver.redis_link import RedisLink
 from trioserver.subscription import Subscription
 
@@ -33,9 +42,16 @@ PATIENCE_SECONDS: Final = 2.0
 RETRY_SECONDS: Final = 1.0
 """After Redis did not take a canary."""
 
+REPORT_SECONDS: Final = 60.0
+"""At most one log line per this time about canaries that Redis did not take."""
+
+# Shown to everybody who asks for readiness: fixed words, no addresses and no errors.
 LINK_DOWN: Final = "redis link is down"
 NOT_YET: Final = "no canary has come back yet"
 OVERDUE: Final = "canary is overdue"
+REFUSED: Final = "redis does not take the canary"
+
+_log = get_logger()
 
 
 class Canary:
@@ -55,8 +71,8 @@ class Canary:
 
     Attributes:
         channel: Where its messages arrive.
-        fresh: Whether the latest one came back in time.
-        why: Why not, in a few words; empty if fresh.
+        fresh: Whether the latest one came back, and the one that is out is not overdue.
+        why: Why not: one of the fixed phrases above; empty if fresh.
         round_trip: Seconds that the latest one took; None before the first.
     """
 
@@ -88,7 +104,8 @@ class Canary:
         self._changed = trio.Event()
         """Set when the subscription went up or down."""
         self._news = trio.Event()
-        """Set when that happened, or the one that is out came back."""
+        """Set when that happened, or the one that is out came back, or cannot come any more."""
+        self._quiet = RateLimited(REPORT_SECONDS)
 
     async def run(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -147,18 +164,45 @@ class Canary:
             await self._link.execute(b"PUBLISH", self.channel, self._nonce, timeout=self._patience)
         except RedisError as error:
             self._nonce = b""
-            self._set(f"redis does not take the canary: {error}")
+            self._refused(error)
             return min(RETRY_SECONDS, self._interval)
         with trio.move_on_at(deadline):
             await self._news.wait()
+        if not self._news.is_set():
+            await self._overdue()
         if not self._nonce:
             return max(0.0, self._sent + self._interval - trio.current_time())
-        self._nonce = b""
         # Lost together with a link that ended meanwhile, it says nothing about the new one.
-        if not self._news.is_set():
-            self._set(OVERDUE)
-            self._subscription.reconnect("canary lost")
+        self._nonce = b""
         return 0.0
+
+    async def _overdue(self) -> None:
+        """Wait until it is clear whether it is lost or only late."""
+        self._unfit(OVERDUE)
+        lost = False
+
+        def reached() -> None:
+            nonlocal lost
+            lost = True
+            self._news.set()
+
+        if not self._subscription.milestone(reached):
+            return
+        await self._news.wait()
+        # Set by the milestone, it leaves no other reason for the canary to be still out.
+        if lost and self._nonce and not self._changed.is_set():
+            self._subscription.reconnect("canary lost")
+
+    def _refused(self, error: RedisError) -> None:
+        self._unfit(REFUSED)
+        held_back = self._quiet.due(REFUSED, trio.current_time())
+        if held_back is not None:
+            _log.warning(REFUSED, problem=str(error), held_back=held_back)
+
+    def _unfit(self, why: str) -> None:
+        """Say why it is not fresh, unless a better reason is known."""
+        if self._subscription.up:
+            self._set(why)
 
     def _set(self, why: str) -> None:
         self.why = why

@@ -1,17 +1,22 @@
-"""Where Redis is: one frozen value, read from the settings. Pure.
+"""Where Redis is: one frozen value, read from the settings. Pure, but for `tls_context`.
 
 A URL means here what it means to redis-py, option by option; an option that would do nothing is
-refused, because its author believes that it does something.
+refused, because its author believes that it does something. So is what redis-py would quietly
+read as something else: a "#" that cuts the URL short, a port 0 that becomes 6379.
 """
 
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import attrs
 
 from trioserver.errors import SettingsError
+from trioserver.setting_kinds import HOST, quoted
 from trioserver.settings import Settings
+
+if TYPE_CHECKING:
+    import ssl
 
 
 @attrs.frozen(kw_only=True)
@@ -57,7 +62,10 @@ class Endpoint:
         return f"{'rediss' if self.tls else 'redis'}://{host}:{self.port}/{self.db}"
 
     def masked(self, text: str) -> str:
-        """Return ``text`` without our password: some errors of Redis repeat the command."""
+        """Return ``text`` without our password: some errors of Redis repeat the command.
+
+        Whatever of Redis's own words goes to a log or to a caller has been through here.
+        """
         return text.replace(self.password, "***") if self.password else text
 
 
@@ -86,11 +94,47 @@ def endpoint(settings: Settings, embedded_socket: Path | None) -> Endpoint:
     return Endpoint(path=str(embedded_socket))
 
 
+def tls_context(tls: Tls) -> "ssl.SSLContext":
+    """Return how a TLS connection is made; reads the files, so it blocks.
+
+    Raises:
+        SettingsError: A file that REDIS_URL names is missing, unreadable or of no use.
+    """
+    import ssl  # noqa: PLC0415 - 10 ms that a Redis without TLS does not cost
+
+    context = ssl.create_default_context()
+    context.check_hostname = tls.verify and tls.check_hostname
+    context.verify_mode = ssl.CERT_REQUIRED if tls.verify else ssl.CERT_NONE
+    try:
+        if tls.ca_file is not None:
+            context.load_verify_locations(cafile=tls.ca_file)
+    except (OSError, ValueError) as error:
+        raise _useless("ssl_ca_certs", tls.ca_file, error) from None
+    try:
+        if tls.cert_file is not None:
+            # An empty password, because without one OpenSSL would ask at the terminal.
+            context.load_cert_chain(tls.cert_file, tls.key_file, password="")
+    except (OSError, ValueError) as error:
+        names = "ssl_certfile and ssl_keyfile" if tls.key_file else "ssl_certfile"
+        raise _useless(names, tls.key_file or tls.cert_file, error) from None
+    return context
+
+
+def _useless(option: str, path: str | None, error: Exception) -> SettingsError:
+    reason = str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
+    reason = reason.replace("_", " ").lower()  # OpenSSL: NO_CERTIFICATE_OR_CRL_FOUND
+    problem = f"{option}: {quoted(str(path))} cannot be used: {reason}"
+    return SettingsError("REDIS_URL", problem, _EXAMPLE)
+
+
 _EXAMPLE: Final = "redis://:password@redis.internal:6379/0"
 _NO: Final = ("", "0", "f", "false", "n", "no")
 
 
 def _from_url(url: str) -> Endpoint:
+    if "#" in url:
+        # What follows would be cut off; most often it is the rest of a password.
+        raise SettingsError("REDIS_URL", 'contains "#", which is written %23', _EXAMPLE)
     try:
         parts = urlsplit(url)
         options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
@@ -109,10 +153,15 @@ def _read(parts: SplitResult, options: dict[str, str]) -> Endpoint:
     is_unix = parts.scheme == "unix"
     if not (is_unix and path) and parts.scheme not in {"redis", "rediss"}:
         raise ValueError(parts.scheme)
+    # Without a host, it may be part of a password that has been taken for the port.
+    host = "localhost" if is_unix else HOST.parse(unquote(parts.hostname or ""))
+    port = 6379 if is_unix or parts.port is None else parts.port
+    if port == 0:
+        raise ValueError(port)
     in_path = "" if is_unix else path.strip("/")
     return Endpoint(
-        host=unquote(parts.hostname or "localhost"),
-        port=parts.port or 6379,
+        host=host,
+        port=port,
         path=path if is_unix else None,
         db=int(options.pop("db", in_path or "0")),
         username=unquote(parts.username) if parts.username else options.pop("username", None),

@@ -30,7 +30,7 @@ class Swept:
     compressed: int = 0
     deleted: int = 0
     failed: int = 0
-    """Files that were left as they are, for the next time."""
+    """Files that were left as they are, for the next time; the directory itself counts as one."""
 
 
 def sweep(log_dir: Path, today: dt.date) -> Swept:
@@ -52,6 +52,9 @@ def sweep(log_dir: Path, today: dt.date) -> Swept:
         return _sweep(log_dir, today)
     except BlockingIOError:
         return Swept()
+    except OSError:
+        # No locks on this file system, no descriptor left to list it with.
+        return Swept(failed=1)
     finally:
         os.close(directory)
 

@@ -50,7 +50,10 @@ TIMEOUT_SECONDS: Final = 1.0
 """For one command: a Redis that needs longer is as good as away."""
 
 CONNECT_SECONDS: Final = 1.0
-"""For the connection, TLS and AUTH together."""
+"""For the connection, TLS and AUTH together, once the address is known."""
+
+RESOLVE_SECONDS: Final = 6.0
+"""For the address of a host name: where the first name server is dead, answers come after 5 s."""
 
 PATIENCE_SECONDS: Final = 0.002
 """How long requests wait behind a batch under way before they get a lane of their own."""
@@ -168,10 +171,11 @@ class _Queue:
     def _take(self) -> list[_Request]:
         self._roused = False
         batch: list[_Request] = []
-        commands = size = 0
+        taken = commands = size = 0
         now = trio.current_time()
         while self._waiting and commands < BATCH_COMMANDS and size < BATCH_BYTES:
             request = self._waiting.popleft()
+            taken += 1
             # Never sent, so certainly without effect; and too late to be of use.
             if request.abandoned or request.deadline <= now:
                 continue
@@ -183,7 +187,7 @@ class _Queue:
         elif self._patience is not None:
             self._patience.cancel()
             self._patience = None
-        if batch:
+        if taken:
             self._make_room()
         return batch
 
@@ -206,14 +210,9 @@ class _Queue:
 
 
 class RedisLink:
-    """Commands to one Redis; made by `open_link`.
-
-    Attributes:
-        ping_ms: Milliseconds from sending the latest batch to its first reply; None before that.
-    """
+    """Commands to one Redis; made by `open_link`."""
 
     def __init__(self, where: Endpoint, queue: _Queue) -> None:
-        self.ping_ms: float | None = None
         self._target = where.target
         self._queue = queue
         self._closed = False
@@ -313,16 +312,15 @@ class RedisLink:
 class _Lane:
     """One connection and the asyncio task that owns it: nobody else ever touches it."""
 
-    def __init__(self, where: Endpoint, client_name: str, link: RedisLink, queue: _Queue) -> None:
+    def __init__(self, where: Endpoint, client_name: str, queue: _Queue) -> None:
         self._connection: redis_asyncio.AbstractConnection = _connection(
             redis_asyncio,
             where,
-            client_name=client_name,
-            socket_connect_timeout=CONNECT_SECONDS,
+            socket_connect_timeout=None,  # a limit for all of it: see `_connect`
             socket_timeout=None,  # a deadline per batch, not a timer per reply
         )
         self._where = where
-        self._link = link
+        self._set_name = pack("CLIENT", "SETNAME", client_name)
         self._queue = queue
 
     async def run(self) -> None:
@@ -343,9 +341,14 @@ class _Lane:
         """Get ``batch`` answered, one way or the other."""
         problem = "the link is closed"  # unless we get further: that is what cancelled us
         try:
-            async with asyncio.timeout_at(max(request.deadline for request in batch)):
-                await self._connect()
-                await self._exchange(batch)
+            # Not bounded by what the callers can wait: where names are found slowly, each batch
+            # would break off the attempt that the next one could have used.
+            await self._connect()
+            now = trio.current_time()
+            batch = [one for one in batch if one.deadline > now and not one.abandoned]
+            if batch:
+                async with asyncio.timeout_at(max(request.deadline for request in batch)):
+                    await self._exchange(batch)
             return
         except TimeoutError:
             problem = "no answer in time"
@@ -367,15 +370,25 @@ class _Lane:
         # Bytes or the end of the stream while nothing was asked: closed by Redis, or confused.
         if connection.is_connected and await connection.can_read():
             await connection.disconnect(nowait=True)
-        if not connection.is_connected:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                await connection.connect()  # type: ignore[no-untyped-call]
+        if connection.is_connected:
+            return
+        resolving = 0.0
+        if self._where.path is None:
+            # Only to know how long it takes: redis-py resolves by itself, once more.
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            async with asyncio.timeout(RESOLVE_SECONDS):
+                await loop.getaddrinfo(self._where.host, self._where.port)
+            resolving = loop.time() - started
+        async with asyncio.timeout(resolving + CONNECT_SECONDS):
+            await connection.connect()  # type: ignore[no-untyped-call]
+            # Not redis-py's "client_name": there, a user who may not use CLIENT has no connection.
+            await connection.send_packed_command(self._set_name, check_health=False)
+            with suppress(redis.exceptions.ResponseError):
+                await connection.read_response()
 
     async def _exchange(self, batch: list[_Request]) -> None:
         connection = self._connection
-        loop = asyncio.get_running_loop()
-        sent = loop.time()
-        measured = False
         await connection.send_packed_command(
             b"".join([request.packed for request in batch]), check_health=False
         )
@@ -385,10 +398,7 @@ class _Lane:
                 try:
                     reply = await connection.read_response()
                 except redis.exceptions.ResponseError as error:
-                    reply = RedisRefused(_describe(error))
-                if not measured:
-                    measured = True
-                    self._link.ping_ms = (loop.time() - sent) * 1000
+                    reply = RedisRefused(self._where.masked(_describe(error)))
                 request.replies.append(reply)
             request.answer()
 
@@ -414,7 +424,7 @@ async def open_link(
         queue = _Queue(loop)
         link = RedisLink(where, queue)
         for _ in range(lanes):
-            nursery.start_soon(_run_lane, loop, _Lane(where, client_name, link, queue))
+            nursery.start_soon(_run_lane, loop, _Lane(where, client_name, queue))
         try:
             yield link
         except Exception as error:  # noqa: BLE001 - raised below, outside of the nurseries, which

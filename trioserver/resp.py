@@ -20,6 +20,7 @@ from typing import Final
 import attrs
 import hiredis
 
+from trioserver.endpoint import Endpoint
 from trioserver.errors import RedisRefused, RedisUnavailable
 
 Argument = bytes | str | int | float
@@ -62,6 +63,13 @@ def _chunks(verb: bytes, channels: Sequence[bytes]) -> Iterator[bytes]:
         yield pack(verb, *channels[start : start + CHANNELS_PER_COMMAND])
 
 
+class Pong:
+    """The answer to a PING."""
+
+
+PONG: Final = Pong()
+
+
 @attrs.frozen
 class Confirmation:
     """Redis says that a channel was subscribed or unsubscribed."""
@@ -70,8 +78,8 @@ class Confirmation:
     subscribed: bool
 
 
-def interpret(reply: object) -> Confirmation | None:
-    """Return what a reply other than a message means; None is for PONG and unknown pushes.
+def interpret(reply: object) -> Confirmation | Pong | None:
+    """Return what a reply other than a message means; None is for unknown pushes.
 
     Raises:
         RedisRefused: It is an error; the text is Redis's own.
@@ -83,7 +91,7 @@ def interpret(reply: object) -> Confirmation | None:
         case [b"unsubscribe", bytes() as channel, _]:
             return Confirmation(channel, subscribed=False)
         case b"PONG" | [b"pong", *_]:
-            return None
+            return PONG
         case hiredis.ReplyError():
             raise RedisRefused(str(reply))
         case hiredis.PushNotification() if reply and reply[0] != b"unsubscribe":
@@ -100,8 +108,8 @@ class Greeting:
     Send `hello`; give each reply to `receive` and send what it returns, until `done`.
     """
 
-    username: str | None
-    password: str | None
+    where: Endpoint
+    """Whose credentials are given."""
     client_name: str
     """Shown by CLIENT LIST; no spaces."""
     done: bool = attrs.field(default=False, init=False)
@@ -112,9 +120,11 @@ class Greeting:
     def hello(self) -> bytes:
         """Return the first bytes to send."""
         credentials: tuple[str, ...] = ()
-        if self.password is not None:
-            # HELLO wants a user; "default" is who a bare password belongs to.
-            credentials = ("AUTH", self.username or "default", self.password)
+        if self.where.username or self.where.password:
+            # HELLO wants both. "default" is who a bare password belongs to, and a user without a
+            # password is one who needs none: any will do.
+            user, password = self.where.username or "default", self.where.password or ""
+            credentials = ("AUTH", user, password)
         self._awaiting.append("HELLO")
         return pack("HELLO", "3", *credentials, "SETNAME", self.client_name)
 
@@ -138,19 +148,18 @@ class Greeting:
         if answered == "AUTH" and error.lower().startswith(_AUTH_TAKES_ONE):
             # Redis < 6 knows no users, but URLs written for it often carry a made-up one.
             self._awaiting.append("AUTH only")
-            return pack("AUTH", self.password or "")
+            return pack("AUTH", self.where.password or "")
         if answered == "CLIENT":
             return b""  # a nameless connection is as good
-        # Some errors repeat the command.
-        raise RedisRefused(error.replace(self.password, "***") if self.password else error)
+        raise RedisRefused(self.where.masked(error))
 
     def _old_greeting(self) -> bytes:
         """AUTH and CLIENT SETNAME, as before HELLO existed."""
         greeting = b""
-        if self.password is not None:
-            users = (self.username,) if self.username else ()
+        if self.where.username or self.where.password:
+            users = (self.where.username,) if self.where.username else ()
             self._awaiting.append("AUTH")
-            greeting += pack("AUTH", *users, self.password)
+            greeting += pack("AUTH", *users, self.where.password or "")
         self._awaiting.append("CLIENT")
         return greeting + pack("CLIENT", "SETNAME", self.client_name)
 

@@ -175,6 +175,22 @@ def _user_channel(text: str) -> str:
     return text
 
 
+def _host(text: str) -> str:
+    problem = "is not a host name or an IP address"
+    _text(text, r"[A-Za-z0-9._:%-]+", problem)
+    if ":" in text:
+        import ipaddress  # noqa: PLC0415 - few settings name IPv6 addresses
+
+        try:
+            ipaddress.IPv6Address(text)
+        except ValueError:
+            raise ValueError(problem) from None
+    elif len(text) > 253 or not re.fullmatch(r"(?:[\w-]{1,63}\.)*[\w-]{1,63}\.?", text, re.ASCII):  # noqa: PLR2004 - RFC 1035
+        # Resolvers and codecs do not agree on what to do with such a name, some raise.
+        raise ValueError(problem)
+    return text
+
+
 def _redis_url(text: str) -> str:
     return _text(
         text,
@@ -195,7 +211,7 @@ def _algorithms(text: str) -> tuple[str, ...]:
 
 TEXT = text_like(".+", "is empty")
 ANY_TEXT = text_like(".*", "")
-HOST = text_like(r"[A-Za-z0-9._:%-]+", "is not a host name or an IP address")
+HOST = Kind(parse=_host)
 PORT = count("port number", high=65_535)
 BOOLEAN = Kind(parse=_boolean, show=lambda value: str(value).lower())
 PATH = Kind(parse=_path)

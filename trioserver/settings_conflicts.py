@@ -1,13 +1,15 @@
 """What is wrong or useless about settings that are good one by one.
 
-Ports that collide, keys that do not fit their algorithms, paths that are no directories: what
-concerns several settings, or the machine.
+Ports that collide, keys that do not fit their algorithms, paths that are no directories, a Redis
+whose certificates are not there: what concerns several settings, or the machine.
 """
 
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from trioserver.endpoint import endpoint, tls_context
+from trioserver.errors import SettingsError
 from trioserver.setting_kinds import DURATION, HMAC_KEY_BYTES, quoted
 from trioserver.settings import Settings, all_settings
 
@@ -21,6 +23,7 @@ def conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:
         part = DURATION.show(settings.drain_propagation)
         problem = f"{part} is not shorter than DRAIN_SECONDS ({whole})"
         yield "drain_propagation", problem, "0"
+    yield from _redis_conflicts(settings)
     yield from _channel_conflicts(settings)
     for directory in ("data_dir", "log_dir"):
         path = getattr(settings, directory)
@@ -58,7 +61,21 @@ def _port_conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]
         yield "admin_port", f"{port} is also WS_PORT", str(port % 65_535 + 1)
 
 
+def _redis_conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:
+    # Asked here as every process will ask, so that none of them is the first to notice.
+    try:
+        where = endpoint(settings, Path("redis.sock"))
+        if where.tls is not None:
+            tls_context(where.tls)
+    except SettingsError as error:
+        yield error.setting.lower(), error.problem, None
+
+
 def _channel_conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:
+    if (settings.channel_prefix + settings.user_channel).count("{user}") != 1:
+        problem = f"{quoted(settings.channel_prefix)} contains {{user}}; only USER_CHANNEL may"
+        yield "channel_prefix", problem, None
+        return
     before, _, after = settings.user_channel.partition("{user}")
     everyone = settings.broadcast_channel
     long_enough = len(everyone) > len(before + after)

@@ -15,6 +15,10 @@ Theory
     While the link is down, `Subscription.follow` collects; the next link asks for everything at
     once, and ``up`` means that all of it is confirmed.
 
+    What Redis says on one link arrives in order, so a PING is also a milestone: when its answer
+    has been read, everything that Redis had said before has been delivered. That is how somebody
+    who misses a message can tell "lost" from "not yet read": see `Subscription.milestone`.
+
 The reader is the hottest loop of a worker besides sending: about 0.5 us per message, of which
 most is hiredis. It calls ``deliver`` and awaits only what that returns. It gives other tasks
 their turn every `MESSAGES_PER_TURN` messages, because one read may carry thousands.
@@ -22,32 +26,55 @@ their turn every `MESSAGES_PER_TURN` messages, because one read may carry thousa
 
 import math
 import random
-import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Final, NoReturn, Protocol
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
 import attrs
 import hiredis
 import trio
 
-from trioserver.endpoint import Endpoint, Tls
+from trioserver.endpoint import Endpoint, tls_context
 from trioserver.errors import RedisError, RedisUnavailable
 from trioserver.logs import get_logger
-from trioserver.resp import MESSAGE, PING, Greeting, interpret, subscribe, unsubscribe
+from trioserver.rate_limit import RateLimited
+from trioserver.resp import (
+    MESSAGE,
+    PING,
+    Confirmation,
+    Greeting,
+    Pong,
+    interpret,
+    subscribe,
+    unsubscribe,
+)
 from trioserver.roster import Roster
+
+if TYPE_CHECKING:
+    import ssl
 
 Deliver = Callable[[bytes, bytes], Awaitable[None] | None]
 """Takes (channel, payload). What it returns is awaited before the next message is looked at."""
 
 CONNECT_SECONDS: Final = 1.0
-"""For the connection, TLS and the greeting together."""
+"""For the connection, TLS and the greeting together, once the address is known."""
+
+RESOLVE_SECONDS: Final = 6.0
+"""For the address of a host name: where the first name server is dead, answers come after 5 s."""
 
 RETRY_FIRST: Final = 0.1
 RETRY_CAP: Final = 5.0
 RETRY_CAP_LOCAL: Final = 0.5
 """Seconds: the pause before attempt n is random between 0 and min(cap, first * 2**n). On a Unix
 socket no crowd of strangers comes back with us, so there is no reason to be late."""
+
+STEADY_SECONDS: Final = 5.0
+"""A link that was up for less than this died young."""
+
+YOUNG_DEATHS_PER_DOUBLING: Final = 20
+"""An accident that repeats itself may kill some links in a row, and each gets its successor
+within a second; but where every link dies young, because of what we do or what somebody else
+does to us, subscribing to thousands of channels over and over makes it worse."""
 
 LINGER_SECONDS: Final = 1.0
 """How long a released channel stays subscribed: most clients that leave come right back."""
@@ -61,7 +88,10 @@ asked for a sign of life, so it has 2 s to give one; a twelfth of it is how ofte
 black hole is noticed within 3 s."""
 
 REPORT_SECONDS: Final = 60.0
-"""At most one log line per this time about messages that could not be delivered."""
+"""At most one log line per this time about the same bug."""
+
+FAULT_REPORT_SECONDS: Final = 5.0
+"""During an outage: least time between two log lines about why it goes on."""
 
 READ_BYTES: Final = 64 * 1024
 """Above 128 KiB malloc maps fresh pages for every read: 6 us more per message that comes alone."""
@@ -88,7 +118,7 @@ class Waiter(Protocol):
     """Who is told that a batch is confirmed."""
 
     def followed(self) -> None:
-        """Take note. Must not raise."""
+        """Take note. Must not raise: if it does, that is logged, and is nobody else's trouble."""
 
 
 class Batch:
@@ -113,21 +143,25 @@ class Batch:
         """Whether `wait` would return at once."""
         return self._confirmed.is_set()
 
-    def notify(self, waiter: "Waiter") -> None:
-        """Call ``waiter.followed()`` when `wait` would return; for those who are no task.
+    def notify(self, waiter: Waiter) -> None:
+        """Call ``waiter.followed()``, once, when `wait` returns; for those who are no task.
 
-        Waking a task costs 10 us, and thousands may wait for one batch.
+        Waking a task costs 10 us, and thousands may wait for one batch. Not for a batch that is
+        `confirmed` already: nothing calls then.
         """
         self._waiters.add(waiter)
 
-    def forget(self, waiter: "Waiter") -> None:
+    def forget(self, waiter: Waiter) -> None:
         """Do not call ``waiter`` any more. Idempotent."""
         self._waiters.discard(waiter)
 
-    def _confirm(self) -> None:
+    def _confirm(self, bug: Callable[[str], None]) -> None:
         self._confirmed.set()
         while self._waiters:
-            self._waiters.pop().followed()
+            try:
+                self._waiters.pop().followed()
+            except Exception:  # noqa: BLE001 - reported there; the other waiters are not to blame
+                bug("a waiter failed")
 
 
 @attrs.frozen(kw_only=True)
@@ -161,10 +195,15 @@ class _Link:
     """Set when the writer has something to do."""
     ping: bool = False
     """Whether the writer shall send PING."""
+    asking: list[Callable[[], None]] = attrs.field(factory=list)
+    """Who wants to know when the next PING has been answered."""
+    pinged: deque[list[Callable[[], None]]] = attrs.field(factory=deque)
+    """Who wants to know that of the PINGs that are on their way; one list for each."""
     waiting_since: float | None = None
     """When the reader began to wait for bytes; None while it is busy with messages."""
     up_mark: int | None = None
     """Confirmations that make it ``up``; None until the first round is taken."""
+    up_since: float = math.inf
 
     def end(self, fault: str) -> None:
         """End it; the first to say why is believed."""
@@ -200,14 +239,13 @@ class Subscription:
         self.up = False
         """Whether everything that was followed when the link came is confirmed on it."""
         self._endpoint = endpoint
-        self._target = endpoint.target
         self._deliver = deliver
         self._on_change = on_change
         self._client_name = client_name
         self._silence = silence
         self._retry_cap = RETRY_CAP if endpoint.path is None else RETRY_CAP_LOCAL
         self._jitter = jitter or random.Random()  # noqa: S311 - spreads load, guards nothing
-        self._tls = None if endpoint.tls is None else _tls_context(endpoint.tls)
+        self._tls = None if endpoint.tls is None else tls_context(endpoint.tls)
 
         self._link: _Link | None = None
         self._roster = Roster(linger=linger)
@@ -218,9 +256,12 @@ class Subscription:
 
         self._attempts = 0
         """Failed ones since it was last up."""
-        self._fault = ""
+        self._young_deaths = 0
+        """Links in a row, up to now, that died young."""
+        self._fault = self._fault_logged = ""
+        self._next_fault_log = -math.inf
+        self._bugs = RateLimited(REPORT_SECONDS)
         self._messages = self._links = self._faults = self._deliver_failures = 0
-        self._next_report = -math.inf
 
     async def run(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -237,7 +278,8 @@ class Subscription:
                 fault = await self._one_link()
             finally:
                 self._lost(fault)  # empty: not a fault, we are being stopped
-            pause = min(self._retry_cap, RETRY_FIRST * 2.0 ** min(self._attempts, 10))
+            doublings = self._attempts + self._young_deaths / YOUNG_DEATHS_PER_DOUBLING
+            pause = min(self._retry_cap, RETRY_FIRST * 2.0 ** min(doublings, 10.0))
             self._attempts += 1
             await trio.sleep(self._jitter.uniform(0, pause))
 
@@ -268,6 +310,22 @@ class Subscription:
         if self._link is not None:
             self._link.end(reason)
 
+    def milestone(self, reached: Callable[[], None]) -> bool:
+        """Find out when everything that Redis has said on this link so far has been delivered.
+
+        Args:
+            reached: Called then, once; never if the link ends before. Must not raise.
+
+        Returns:
+            Whether it is `up`; if not, nothing is called.
+        """
+        if self._link is None or not self.up:
+            return False
+        self._link.asking.append(reached)
+        self._link.ping = True
+        self._link.work.set()
+        return True
+
     def statistics(self) -> SubscriptionStatistics:
         """Return what happened so far."""
         return SubscriptionStatistics(
@@ -285,12 +343,13 @@ class Subscription:
     async def _one_link(self) -> str:
         """Connect and live; return the fault that ended it."""
         try:
-            with trio.fail_after(CONNECT_SECONDS):
+            resolving = await _resolve(self._endpoint)
+            with trio.move_on_after(resolving + CONNECT_SECONDS) as limit:
                 link = await self._open()
-        except trio.TooSlowError:
-            return f"no connection within {CONNECT_SECONDS:g} s"
-        except _EXPECTED as error:
-            return _describe(error)
+            if limit.cancelled_caught:
+                return f"no connection within {CONNECT_SECONDS:g} s"
+        except Exception as error:  # noqa: BLE001 - as in `_run_part`
+            return self._fault_of(error)
         self._link = link
         link.work.set()  # the first round: everything that is wanted
         try:
@@ -306,11 +365,7 @@ class Subscription:
         stream = await _connect(self._endpoint, self._tls)
         try:
             reader = hiredis.Reader(notEnoughData=_NOTHING)
-            greeting = Greeting(
-                username=self._endpoint.username,
-                password=self._endpoint.password,
-                client_name=self._client_name,
-            )
+            greeting = Greeting(where=self._endpoint, client_name=self._client_name)
             say = greeting.hello()
             while not greeting.done:
                 if say:
@@ -325,12 +380,16 @@ class Subscription:
         """Run the reader, the writer or the watch: whatever its end is, it ends the link."""
         try:
             fault = await part(link)
-        except _EXPECTED as error:
-            fault = _describe(error)
-        except Exception:  # noqa: BLE001 - a bug must not end the worker, and must not go unseen
-            _log.exception("redis subscription: a bug of ours ended the link")
-            fault = "internal error"
+        except Exception as error:  # noqa: BLE001 - a bug must not end the worker
+            fault = self._fault_of(error)
         link.end(fault)
+
+    def _fault_of(self, error: Exception) -> str:
+        """Return what to call the end of a link, or of an attempt; a bug of ours is logged."""
+        if isinstance(error, _EXPECTED):
+            return _describe(error)
+        self._log_bug("a bug of ours ended the link")
+        return "internal error"
 
     async def _read(self, link: _Link) -> str:
         """Feed the parser and handle what comes out, until the end of the stream."""
@@ -360,13 +419,21 @@ class Subscription:
                         await waiting
                 except Exception:  # noqa: BLE001 - reported there; the next message is not to blame
                     self._deliver_failed()
-            elif (confirmation := interpret(reply)) is not None:
-                self._roster.confirm(confirmation)
-                self._settle(link)
+            elif (meaning := interpret(reply)) is not None:
+                self._take(link, meaning)
             left -= 1
             if not left:
                 left = MESSAGES_PER_TURN
                 await trio.lowlevel.checkpoint()
+
+    def _take(self, link: _Link, meaning: Confirmation | Pong) -> None:
+        """Take what is no message."""
+        if isinstance(meaning, Confirmation):
+            self._roster.confirm(meaning)
+            self._settle(link)
+        elif link.pinged:
+            for reached in link.pinged.popleft():
+                reached()
 
     async def _write(self, link: _Link) -> NoReturn:
         """Send what there is to send; bounded by the watch, for Redis answers all of it."""
@@ -393,6 +460,8 @@ class Subscription:
             link.up_mark = take.mark
         self._settle(link)
         if ping:
+            asking, link.asking = link.asking, []
+            link.pinged.append(asking)
             await link.stream.send_all(PING)
         for commands in (subscribe(take.subscribe), unsubscribe(take.unsubscribe)):
             for command in commands:
@@ -434,10 +503,12 @@ class Subscription:
         confirmations = self._roster.confirmations
         if not self.up and link.up_mark is not None and confirmations >= link.up_mark:
             self.up = True
+            link.up_since = trio.current_time()
             self._links += 1
+            self._fault_logged = ""
             _log.info(
                 "redis subscription is up",
-                target=self._target,
+                target=self._endpoint.target,
                 channels=len(self._roster),
                 failed_attempts=self._attempts,
             )
@@ -445,33 +516,69 @@ class Subscription:
             self._on_change()
         while self._unconfirmed and self._unconfirmed[0][0] <= confirmations:
             for batch in self._unconfirmed.popleft()[1]:
-                batch._confirm()  # noqa: SLF001 - the other half of the same idea
+                batch._confirm(self._log_bug)  # noqa: SLF001 - the other half of the same idea
 
     def _lost(self, fault: str) -> None:
         """The link has ended, or never came: start over with what is wanted."""
-        self._link = None
+        link, self._link = self._link, None
+        if link is not None:
+            young = trio.current_time() - link.up_since < STEADY_SECONDS
+            self._young_deaths = self._young_deaths + 1 if young else 0
         if fault:
             self._fault = fault
             self._faults += 1
-            if not self._attempts:
-                _log.warning("redis subscription is down", target=self._target, reason=fault)
+            self._log_fault(fault)
         self._roster.lost()
         waiting = [batch for _, batches in self._unconfirmed for batch in batches]
         self._gathering = waiting + self._gathering
         self._unconfirmed.clear()
         if self.up:
             self.up = False
-            self._on_change()
+            try:
+                self._on_change()
+            except Exception:  # noqa: BLE001 - no link is left that it could end
+                self._log_bug("who was told that the link is down failed")
 
     def _deliver_failed(self) -> None:
         self._deliver_failures += 1
+        self._log_bug("a message could not be delivered")
+
+    # Logs.
+
+    def _log_fault(self, fault: str) -> None:
+        """Log why an outage began, and why it goes on if that has changed."""
         now = trio.current_time()
-        if now >= self._next_report:
-            self._next_report = now + REPORT_SECONDS
-            _log.exception("a message could not be delivered", failures=self._deliver_failures)
+        begins = not self._fault_logged
+        if begins or (fault != self._fault_logged and now >= self._next_fault_log):
+            self._fault_logged = fault
+            self._next_fault_log = now + FAULT_REPORT_SECONDS
+            event = "redis subscription is down" if begins else "redis subscription is still down"
+            _log.warning(event, target=self._endpoint.target, reason=fault)
+
+    def _log_bug(self, event: str) -> None:
+        """Log the exception being handled, which is nobody's fault but ours."""
+        held_back = self._bugs.due(event, trio.current_time())
+        if held_back is not None:
+            _log.exception(f"redis subscription: {event}", held_back=held_back)
 
 
-async def _connect(endpoint: Endpoint, tls: ssl.SSLContext | None) -> trio.abc.Stream:
+async def _resolve(endpoint: Endpoint) -> float:
+    """Return how long it takes to find the address; to connect, it is looked up once more.
+
+    Raises:
+        OSError: There is none.
+        RedisUnavailable: It takes too long.
+    """
+    if endpoint.path is not None:
+        return 0.0
+    started = trio.current_time()
+    with trio.move_on_after(RESOLVE_SECONDS):
+        await trio.socket.getaddrinfo(endpoint.host, endpoint.port)
+        return trio.current_time() - started
+    raise RedisUnavailable(f"no address of {endpoint.host} within {RESOLVE_SECONDS:g} s")
+
+
+async def _connect(endpoint: Endpoint, tls: "ssl.SSLContext | None") -> trio.abc.Stream:
     if endpoint.path is not None:
         return await trio.open_unix_socket(endpoint.path)
     stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
@@ -488,17 +595,6 @@ async def _next_reply(stream: trio.abc.Stream, reader: hiredis.Reader) -> object
             raise RedisUnavailable("Redis closed the connection during the greeting")
         reader.feed(data)  # type: ignore[arg-type] # the stub forgets bytearray
     return reply
-
-
-def _tls_context(tls: Tls) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    context.check_hostname = tls.verify and tls.check_hostname
-    context.verify_mode = ssl.CERT_REQUIRED if tls.verify else ssl.CERT_NONE
-    if tls.ca_file is not None:
-        context.load_verify_locations(cafile=tls.ca_file)
-    if tls.cert_file is not None:
-        context.load_cert_chain(tls.cert_file, tls.key_file)
-    return context
 
 
 def _describe(error: BaseException) -> str:

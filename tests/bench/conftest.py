@@ -1,5 +1,6 @@
 """Both clients, ready to run."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from bench.client import Kind, Program
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Program:
     """Return each of the clients in turn."""
     kind: Kind = request.param
+    if kind == "c" and shutil.which("cc") is None:
+        pytest.skip("no C compiler")
     return client.program(tmp_path_factory.mktemp("client"), kind)
 
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import shutil
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -189,6 +191,32 @@ def test_missing_greetings(start: Start) -> None:
 
     assert (2, 0) == (reply.units, reply.greeted)
     assert {"lost": 2} == counts(reply)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_warnings_of_the_compiler(tmp_path: Path) -> None:
+    """The compiler has nothing to say about the client."""
+    source = Path(client.__file__).with_name("client.c")
+    options = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror")
+
+    done = subprocess.run(
+        ["cc", *options, "-o", tmp_path / "client", source],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+    assert "" == done.stderr
+
+
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler the client is the one in Python, unless the other was asked for."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert "python" == client.program(tmp_path, None).kind
+    with pytest.raises(BenchError, match="compiler"):
+        client.program(tmp_path, "c")
 
 
 def test_misunderstanding(start: Start) -> None:

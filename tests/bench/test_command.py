@@ -37,7 +37,7 @@ def test_run_and_report(tmp_path: Path) -> None:
     )
 
     assert 0 == done.returncode, done.stderr
-    assert "0 lost, 0 doubled, 0 reordered, 0 failed, of 42 in 2 measurements." in done.stdout
+    assert "0 lost, 0 doubled, 0 reordered, 0 failed, of 36 in 2 measurements." in done.stdout
     measured = results.load(output)
     assert [(3,)] == [row.connections for row in measured.rows]
     assert ["trioserver", "other_server"] == list(measured.rows[0].repetitions)

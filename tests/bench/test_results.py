@@ -125,6 +125,15 @@ def test_suspicions() -> None:
     assert report.table(run(measured.rows[0])).splitlines()[1].endswith("invalid")
 
 
+def test_many_suspicions() -> None:
+    """A warning that goes for nearly everything stays short."""
+    measured = run(*[row([repetition(10, bottleneck="client")])] * 6)
+
+    (said,) = report.warnings(measured)
+
+    assert said.endswith(" and 2 more")
+
+
 def test_page() -> None:
     """The page has the headline, every figure, the machine and the settings."""
     page = report.page(run(row([repetition(10)], [repetition(9)])))

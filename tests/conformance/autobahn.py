@@ -8,6 +8,7 @@ import contextlib
 import fnmatch
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,8 +29,6 @@ HERE: Final = Path(__file__).parent
 CACHE: Final = HERE.parents[1] / ".cache"
 AGENT: Final = "trioserver"
 
-LISTENING: Final = "listening on "
-
 INSTALL_SECONDS: Final = 300.0
 START_SECONDS: Final = 15.0
 
@@ -44,6 +43,10 @@ run()
 
 class Unavailable(Exception):  # noqa: N818 - reads as the state it reports
     """The test suite cannot be run on this machine."""
+
+
+class Ended(Exception):  # noqa: N818 - reads as the state it reports
+    """The echo server did not start."""
 
 
 @attrs.frozen(kw_only=True)
@@ -81,11 +84,10 @@ class Allowed:
         return same and (not self.codes or result.code in self.codes)
 
 
-def allowed(run: str, section: str = "*") -> list[Allowed]:
-    """Return the entries for one run, or for one section of it."""
+def allowed(run: str) -> list[Allowed]:
+    """Return the entries for one run."""
     tables = tomllib.loads((HERE / "allowed.toml").read_text())
-    entries = [Allowed(**entry) for entry in tables.get(run, [])]
-    return [entry for entry in entries if fnmatch.fnmatchcase(entry.case, section)]
+    return [Allowed(**entry) for entry in tables.get(run, [])]
 
 
 def surprises(results: dict[str, Result], entries: list[Allowed]) -> list[str]:
@@ -164,13 +166,15 @@ def echo_server(*arguments: str) -> Iterator[tuple[int, list[Summary]]]:
     command = [sys.executable, "-m", "tests.conformance.echo_server", "0", *arguments]
     summaries: list[Summary] = []
     with (
-        tempfile.TemporaryFile("w+") as errors,
+        tempfile.NamedTemporaryFile("w+") as errors,
         tempfile.NamedTemporaryFile("w+") as output,
         subprocess.Popen(command, stdout=output, stderr=errors, cwd=HERE.parents[1]) as process,
     ):
         try:
-            line = eventually(lambda: _said(process, output.name), START_SECONDS, "it listens")
-            yield int(line.removeprefix(LISTENING)), summaries
+            port = eventually(lambda: _port(process, output.name), START_SECONDS, "it listens")
+            yield port, summaries
+        except Ended as end:
+            raise AssertionError(Path(errors.name).read_text()) from end
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -183,10 +187,11 @@ def echo_server(*arguments: str) -> Iterator[tuple[int, list[Summary]]]:
         summaries.append(Summary.parse(Path(output.name).read_text().splitlines()[-1]))
 
 
-def _said(process: subprocess.Popen[bytes], output: str) -> str | None:
-    assert process.poll() is None, "the echo server has ended"
-    lines = Path(output).read_text().splitlines(keepends=True)
-    return next((line for line in lines if line.startswith(LISTENING) and line[-1:] == "\n"), None)
+def _port(process: subprocess.Popen[bytes], output: str) -> int | None:
+    if process.poll() is not None:
+        raise Ended
+    found = re.search(r"^listening on ([0-9]+)\n", Path(output).read_text())
+    return int(found[1]) if found else None
 
 
 def run(port: int, cases: list[str], directory: Path, seconds: float) -> dict[str, Result]:

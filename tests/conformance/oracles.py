@@ -125,6 +125,29 @@ def _took_bad_gateway(ours: Decoder, events: list[Event]) -> bool:
     return ours.failure is CloseReason.INVALID_UTF8
 
 
+def announced(data: bytes) -> list[tuple[int, int]]:
+    """Return how many bytes each message announces, and of how many frames all bytes are there.
+
+    Walks from header to header and believes every one; ends behind a Close frame.
+    """
+    messages: list[tuple[int, int]] = []
+    while len(data) >= 2:
+        opcode, length = data[0] & 0x0F, data[1] & 0x7F
+        start = 2
+        if length >= 126:
+            start += 2 if length == 126 else 8
+            if len(data) < start:
+                break
+            length = int.from_bytes(data[2:start], "big")
+        if opcode < CLOSE:
+            size, count = messages.pop() if opcode == 0 and messages else (0, 0)
+            messages.append((size + length, count + (len(data) >= start + 4 + length)))
+        if opcode == CLOSE:
+            break
+        data = data[start + 4 + length :]
+    return messages
+
+
 def head_faults(head: bytes) -> list[str]:
     """Return which MUSTs of RFC 6455 4.2.1 (and 9112 for the form) a request head breaks."""
     if not head.endswith(b"\r\n\r\n"):

@@ -83,6 +83,8 @@ def fragment_seeds() -> dict[str, bytes]:
         "continuation-of-nothing": frame(0, b"non-continuation") + frame(TEXT, b"x"),
         "continuation-after-the-end": pieces(TEXT, b"a", b"b") + frame(0, b"c", fin=False),
         "two-messages": pieces(TEXT, b"a", b"b") + pieces(BINARY, b"c", b"d") + ping,
+        "two-messages-of-60": pieces(TEXT, b"x" * 30, b"x" * 30) * 2 + frame(TEXT, b"x" * 60),
+        "two-messages-in-6": pieces(TEXT, *[b""] * 6) * 2,
         "ping-in-fragments": pieces(PING, b"a", b"b"),
     }
 
@@ -118,6 +120,7 @@ def close_seeds() -> dict[str, bytes]:
 def deflate_seeds() -> dict[str, bytes]:
     """Return compressed messages, right, broken and out of proportion."""
     packed, bomb = deflate(GREETING), deflate(bytes(1 << 20))
+    garbled = deflate(b"\xed\xa0\x80")
     final = zlib.compressobj(9, zlib.DEFLATED, -15)
     ended = final.compress(GREETING) + final.flush()
     split = frame(TEXT, packed[:9], fin=False, rsv=4)
@@ -132,7 +135,9 @@ def deflate_seeds() -> dict[str, bytes]:
         "deflated-final-block-and-more": frame(TEXT, ended + packed, rsv=4),
         "deflated-unfinished": frame(TEXT, packed[:20], rsv=4),
         "deflated-not": frame(TEXT, GREETING, rsv=4),
-        "deflated-garbled-text": frame(TEXT, deflate(b"\xed\xa0\x80"), rsv=4),
+        "deflated-garbled-text": frame(TEXT, garbled, rsv=4),
+        "deflated-garbled-text-in-fragments": frame(TEXT, garbled[:2], fin=False, rsv=4)
+        + frame(0, garbled[2:]),
         "deflated-100": frame(TEXT, deflate(b"*" * 100), rsv=4),
         "deflated-101": frame(TEXT, deflate(b"*" * 101), rsv=4),
         "deflated-16384": frame(TEXT, deflate(b"*" * (16 << 10)), rsv=4),

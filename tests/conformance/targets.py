@@ -17,7 +17,7 @@ from typing import Final
 
 import attrs
 
-from tests.conformance.oracles import difference, head_faults
+from tests.conformance.oracles import announced, difference, head_faults
 from trioserver import handshake, messages, session
 from trioserver.deflate import inflate
 from trioserver.errors import ClientError, CloseReason
@@ -111,9 +111,27 @@ def check_frames(data: bytes) -> None:
             again = decode(pieces, limit, max_fragments, deflated=deflated)
             assert stream == again, "cuts matter"
         _check_events(*stream, limit)
+        if not deflated:
+            _check_limits(*stream, announced(data), limit, max_fragments)
     for pieces in ([data], torn(data)):
         found = difference(pieces)
         assert found is None, found
+
+
+def _check_limits(
+    events: list[Event],
+    failure: CloseReason | None,
+    messages_announced: list[tuple[int, int]],
+    limit: int,
+    max_fragments: int,
+) -> None:
+    """Nothing is refused that is within the limits, and nothing else is let through."""
+    beyond = [size > limit or count > max_fragments for size, count in messages_announced]
+    if failure is CloseReason.TOO_BIG:
+        taken = sum(opcode < CLOSE for opcode, _ in events)
+        assert beyond[taken], f"message {taken} of {messages_announced}"
+    elif failure in {None, CloseReason.PEER_CLOSED}:
+        assert not any(beyond), messages_announced
 
 
 def outcome_frames(data: bytes) -> str:
@@ -162,22 +180,34 @@ def judge(buffer: bytes) -> Verdict:
     return 101, upgrade.response(), upgrade
 
 
+def arrive(pieces: list[bytes]) -> Verdict:
+    """Return the same for a head that arrives in pieces."""
+    buffer = bytearray()
+    for piece in pieces:
+        known = len(buffer)
+        buffer += piece
+        try:
+            complete = handshake.head_end(buffer, known) > 0
+        except Refusal as refusal:
+            return refusal.status, refusal.response(), None
+        if complete:
+            return judge(bytes(buffer))
+    return _WAIT
+
+
 def feed_handshake(data: bytes) -> object:
-    """Judge the whole, and the same arriving in a few pieces."""
-    return [judge(data[:end]) for end in (*range(1, len(data), 1 + len(data) // 16), len(data))]
+    """Judge the whole, and the same arriving byte by byte."""
+    return judge(data), arrive([*cut(data[:2048], 1), data[2048:]])
 
 
 def check_handshake(data: bytes) -> None:
     """Cuts change nothing, answers are well-formed, and what is accepted keeps every MUST."""
     status, answer, upgrade = judge(data)
-    step = 1 + len(data) // 64
-    for end in range(step, len(data), step):
-        early, _, _ = judge(data[:end])
-        if early:
-            # Of two faults, another one may be met first; a fault never becomes none.
-            same = early == status or {early, status} <= _FORM
-            assert same, f"{early} after {end} bytes, {status} in the end"
-            break
+    for pieces in (cut(data, 1), cut(data, 10), torn(data)):
+        early, early_answer, _ = arrive(pieces)
+        # Of two faults in the form another one may be met first; a fault never becomes none.
+        same = (early, early_answer) == (status, answer) or {early, status} <= _FORM
+        assert same, f"{early} in pieces, {status} as a whole"
     if not status:
         return
     head, blank, body = answer.partition(b"\r\n\r\n")

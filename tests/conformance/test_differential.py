@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from tests.conformance.oracles import DIFFERENCES, WsprotoReader, difference
 from tests.conformance.streams import CLOSE_CODES, GARBLED, HEADERS, cuts, deflated, pieces
-from tests.trioserver.wire import BINARY, PING, TEXT, close, frame
-from trioserver.deflate import inflate
+from tests.trioserver.wire import BINARY, CLOSE, PING, TEXT, close, frame
+from trioserver.deflate import deflate, inflate
+from trioserver.errors import CloseReason
 from trioserver.frames import Decoder, Event
 
 
@@ -44,6 +45,21 @@ def test_known_hard_streams_mean_the_same_to_wsproto(step: int) -> None:
     for stream in streams:
         cut = [stream[i : i + step] for i in range(0, len(stream), step)]
         assert difference(cut) is None, stream
+
+
+@pytest.mark.parametrize("rsv", range(8))
+@pytest.mark.parametrize("opcode", [TEXT, BINARY, PING, CLOSE, 0])
+def test_rsv1_marks_the_first_frame_of_a_message_and_nothing_else(opcode: int, rsv: int) -> None:
+    """With compression on, every other use of the reserved bits is still 1002, for wsproto too."""
+    stream = frame(TEXT, b"x", fin=False) if opcode == 0 else b""
+    stream += frame(opcode, deflate(b"x") if opcode == TEXT and rsv & 4 else b"", rsv=rsv)
+    ours, theirs = Decoder(0, inflate=inflate), WsprotoReader(deflated=True)
+    events = ours.receive(stream)
+    theirs.receive(stream)
+    right = rsv == 0 or (rsv == 4 and opcode in {TEXT, BINARY})
+    assert (right, right) == (len(events) == 1, len(theirs.events) == 1)
+    if not right:
+        assert (CloseReason.PROTOCOL_ERROR, 1002) == (ours.failure, theirs.code)
 
 
 @settings(deadline=None)

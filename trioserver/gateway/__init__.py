@@ -10,5 +10,9 @@ the metric files of all processes.
     app           the routes
     probe         one question for all who ask at the same time
     redis_watch   whether Redis answers
-    metrics_page  metric files in, pages out
+    scrape        metric files in, sums out
+    usage         what processes use of the machine
+    pool_metrics  metrics that nobody counts: they are looked up
+    metrics_page  the pages made of all this
+    metrics_docs  the page of the documentation
 """

@@ -15,28 +15,30 @@ import argparse
 import datetime as dt
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import trio
 
-from trioserver import log_sweep, logs
+from trioserver import child, log_sweep, logs, metric_archive
 from trioserver.control_client import ask_status
 from trioserver.endpoint import endpoint
-from trioserver.errors import CommandError, TrioserverError
-from trioserver.gateway import metrics_page
+from trioserver.errors import CommandError
 from trioserver.gateway.app import Sources, make_app
 from trioserver.gateway.front import Front
-from trioserver.gateway.metrics_page import Scrape
 from trioserver.gateway.probe import Probe
 from trioserver.gateway.redis_watch import RedisWatch
+from trioserver.gateway.scrape import Scrape, Scraper
 from trioserver.gateway.serve import Server
-from trioserver.lifeline import Lifeline, tie_to_parent
+from trioserver.gateway.usage import Usage, processes, usage
+from trioserver.lifeline import Lifeline
+from trioserver.metric_archive import Generations
 from trioserver.metrics import Exporter, Tally
 from trioserver.redis_link import open_link
 from trioserver.settings import Settings
 from trioserver.statedir import StateDir
-from trioserver.status import CONTROL_FD, LISTEN_FD, SETTINGS_FD, Beat, StatusReply
+from trioserver.status import CONTROL_FD, LISTEN_FD, Beat, StatusReply
 
 FRESH_SECONDS: Final = 0.1
 """How old an answer about the pool may be and still be given again."""
@@ -44,8 +46,8 @@ FRESH_SECONDS: Final = 0.1
 ASK_SECONDS: Final = 1.0
 """How long the supervisor, or the disk, may take for an answer."""
 
-FLUSH_SECONDS: Final = 1.0
-"""How often counts go to the metric files."""
+FOLD_SECONDS: Final = 5.0
+"""How often metric files of retired generations are looked for."""
 
 GRACE_SECONDS: Final = 3.0
 """For requests that are under way at the end: answers here take milliseconds."""
@@ -65,6 +67,8 @@ class Gateway:
         self._started_at = trio.current_time()
         self._draining = False
         self._pool_problem = ""
+        self._fold_problem = ""
+        self._unread: tuple[str, ...] = ()
         self._tally = Tally()
         identity = f"gateway.{generation}"
         self._exporter = Exporter(self._tally, self._state_dir.metrics_dir, identity)
@@ -80,10 +84,20 @@ class Gateway:
             fresh_seconds=FRESH_SECONDS,
             timeout_seconds=ASK_SECONDS,
         )
+        self._scraper = Scraper(self._state_dir.metrics_dir)
+        self._reading = trio.CapacityLimiter(1)
+        no_usage: Mapping[str, Usage] = {}
+        self._usage = Probe(
+            self._read_usage,
+            unknown=no_usage,
+            fresh_seconds=FRESH_SECONDS,
+            timeout_seconds=ASK_SECONDS,
+        )
         self._redis = RedisWatch(self._tally)
         sources = Sources(
             pool=self._pool,
             scrape=self._scrape,
+            usage=self._usage,
             redis=lambda: self._redis.latest,
             draining=lambda: self._draining,
             uptime=lambda: trio.current_time() - self._started_at,
@@ -102,17 +116,17 @@ class Gateway:
         Returns when the last request is answered. If one cannot be, the process ends without
         returning from here: see `_last_resort`.
         """
-        if self._exporter.problem:
-            self._log.error("counts are not kept", problem=self._exporter.problem)
         async with trio.open_nursery() as outermost:
             outermost.start_soon(self._last_resort)
             async with trio.open_nursery() as services:
                 await services.start(self._lifeline.run)
+                services.start_soon(child.keep_counting, self._tally, self._exporter)
                 for service in (
                     self._pool.run,
                     self._scrape.run,
+                    self._usage.run,
                     self._watch_redis,
-                    self._flush,
+                    self._fold,
                     self._sweep_logs,
                 ):
                     services.start_soon(service)
@@ -150,26 +164,56 @@ class Gateway:
     async def _read_metrics(self) -> Scrape:
         self._exporter.flush()  # our own counts shall be as new as the page
         scraped = await trio.to_thread.run_sync(
-            metrics_page.scrape, self._state_dir.metrics_dir, abandon_on_cancel=True
+            self._scraper.scrape, abandon_on_cancel=True, limiter=self._reading
         )
-        if scraped.bad_files:
-            self._tally.bad_metric_files += len(scraped.bad_files)
-            self._log.warning("metric files were set aside", files=scraped.bad_files)
+        self._note_bad_files(scraped.bad_files)
+        self._tally.unread_metric_files += len(scraped.unread)
+        if scraped.unread and not self._unread:
+            self._log.warning("metric files could not be read", files=scraped.unread)
+        self._unread = scraped.unread
         return scraped
+
+    async def _read_usage(self) -> Mapping[str, Usage]:
+        pids = processes(await self._pool.get())
+        return await trio.to_thread.run_sync(usage, pids, abandon_on_cancel=True)
+
+    async def _fold(self) -> None:
+        """Put away metric files of generations that have retired, from time to time."""
+        while True:
+            asked_at = time.time()
+            reply = await self._ask_pool()
+            if reply is not None:
+                generations = Generations(
+                    serving=reply.generation, reloading=reply.reloading, asked_at=asked_at
+                )
+                await self._fold_once(generations)
+            await trio.sleep(FOLD_SECONDS)
+
+    async def _fold_once(self, generations: Generations) -> None:
+        try:
+            folded = await trio.to_thread.run_sync(
+                metric_archive.fold,
+                self._state_dir.metrics_dir,
+                generations,
+                abandon_on_cancel=True,
+            )
+        except OSError as error:
+            if str(error) != self._fold_problem:
+                self._log.warning("metric files cannot be put away", problem=str(error))
+            self._fold_problem = str(error)
+            return
+        self._fold_problem = ""
+        self._note_bad_files(folded.bad_files)
+        self._tally.unread_metric_files += folded.unread
+
+    def _note_bad_files(self, files: Sequence[str]) -> None:
+        if files:
+            self._tally.bad_metric_files += len(files)
+            self._log.warning("metric files were set aside", files=files)
 
     async def _watch_redis(self) -> None:
         async with open_link(self._target, client_name="trioserver-gateway", lanes=1) as link:
             await self._redis.run(link)
-
-    async def _flush(self) -> None:
-        due = trio.current_time()
-        while True:
-            due += FLUSH_SECONDS
-            await trio.sleep_until(due)
-            self._tally.loop_lag = trio.current_time() - due
-            self._tally.log_lines_dropped = logs.dropped()
-            self._exporter.flush()
-            due = max(due, trio.current_time() - FLUSH_SECONDS)
 
     async def _sweep_logs(self) -> None:
         """Compress and delete old log files, of all processes, once an hour."""
@@ -209,36 +253,16 @@ class Gateway:
         os._exit(0)
 
 
-def _read_settings(fd: int) -> Settings:
-    # The offset is shared with every other process that reads it.
-    snapshot = os.pread(fd, os.fstat(fd).st_size, 0)
-    os.close(fd)
-    return Settings.restore(snapshot)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the gateway on the descriptors that the supervisor has placed; return the exit code."""
     parser = argparse.ArgumentParser(prog="trioserver.gateway", description=__doc__)
     parser.add_argument("--generation", type=int, required=True)
     generation = parser.parse_args(argv).generation
-    tie_to_parent()
-    for fd in (CONTROL_FD, LISTEN_FD):
-        os.set_inheritable(fd, False)
-    try:
-        settings = _read_settings(SETTINGS_FD)
-        logs.configure(settings, "gateway", generation=generation)
-        trio.run(_run, settings, generation)
-    except TrioserverError as error:
-        logs.get_logger().error("the gateway cannot run", problem=str(error))
-        return 4
-    except Exception:  # noqa: BLE001 - as one line of our log; the supervisor sees the exit code
-        logs.get_logger().exception("the gateway broke")
-        return 1
-    return 0
 
+    async def work(settings: Settings) -> None:
+        await Gateway(settings, generation).run()
 
-async def _run(settings: Settings, generation: int) -> None:
-    await Gateway(settings, generation).run()
+    return child.run("gateway", work, generation=generation)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ metric files, because beats do not carry them: both are about a second old at mo
 connected to two workers counts twice.
 """
 
+import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 
 import attrs
@@ -28,25 +29,17 @@ from starlette.routing import Route
 
 from trioserver import health
 from trioserver.gateway import metrics_page
-from trioserver.gateway.metrics_page import Scrape
+from trioserver.gateway.pool_metrics import pool_metrics
 from trioserver.gateway.probe import Probe
+from trioserver.gateway.redis_watch import RedisPing
+from trioserver.gateway.scrape import Scrape
+from trioserver.gateway.usage import Usage
 from trioserver.status import StatusReply
 
 UNAVAILABLE = HTTPStatus.SERVICE_UNAVAILABLE
 
 _MAX_REASONS = 5
 """Workers named in ``why``; more would only make a longer line."""
-
-
-@attrs.frozen(kw_only=True)
-class RedisPing:
-    """How the last ping of Redis went."""
-
-    seconds: float | None
-    """Until it was answered; None if it was not."""
-
-    error: str = ""
-    """Why it was not, without credentials."""
 
 
 @attrs.frozen(kw_only=True)
@@ -58,6 +51,9 @@ class Sources:
 
     scrape: Probe[Scrape | None]
     """What all processes have counted; None if it cannot be read in time."""
+
+    usage: Probe[Mapping[str, Usage]]
+    """What processes use, by role; nothing of those that cannot be looked at."""
 
     redis: Callable[[], RedisPing]
     """The last ping."""
@@ -86,9 +82,18 @@ def make_app(sources: Sources) -> Starlette:
     return app
 
 
+@attrs.frozen
+class _Page:
+    """A page, and what is on it."""
+
+    made_of: tuple[object, ...]
+    body: bytes
+
+
 class _Routes:
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
+        self._latest: _Page | None = None
 
     async def healthz(self, _request: Request) -> Response:
         return _json(health.liveness_body())
@@ -99,7 +104,7 @@ class _Routes:
         return _json(body, HTTPStatus.OK if ready else UNAVAILABLE)
 
     async def health(self, _request: Request) -> Response:
-        reply, scraped = await self._pool_and_scrape()
+        reply, scraped, _ = await self._ask_all()
         ping = self._sources.redis()
         state = health.Health(
             ready=self._readiness(reply)[0],
@@ -112,7 +117,7 @@ class _Routes:
         return _json(state.body(time.time()), state.status)
 
     async def metrics(self, request: Request) -> Response:
-        reply, scraped = await self._pool_and_scrape()
+        reply, scraped, used = await self._ask_all()
         if scraped is None:
             return _problem_response(UNAVAILABLE, "The metric files could not be read in time.")
         if prefers_json(request.headers.get("accept", "")):
@@ -124,22 +129,37 @@ class _Routes:
                 now=time.time(),
             )
             return _json(body)
-        redis_up = self._sources.redis().seconds is not None
-        more = metrics_page.pool_metrics(reply, redis_up=redis_up)
-        page = metrics_page.prometheus_page(scraped, more)
-        return Response(page, headers=_headers(metrics_page.CONTENT_TYPE))
+        body = self._prometheus_page(reply, scraped, used)
+        return Response(body, headers=_headers(metrics_page.CONTENT_TYPE))
 
-    async def _pool_and_scrape(self) -> tuple[StatusReply | None, Scrape | None]:
+    def _prometheus_page(
+        self, reply: StatusReply | None, scraped: Scrape, used: Mapping[str, Usage]
+    ) -> bytes:
+        # Writing the page is the dearest part of a scrape; many at once get the same.
+        made_of = (reply, scraped, used, self._sources.redis())
+        latest = self._latest
+        if latest is None or any(map(operator.is_not, latest.made_of, made_of)):
+            redis_up = self._sources.redis().seconds is not None
+            more = pool_metrics(reply, used, redis_up=redis_up)
+            body = metrics_page.prometheus_page(scraped, more)
+            self._latest = latest = _Page(made_of, body)
+        return latest.body
+
+    async def _ask_all(self) -> tuple[StatusReply | None, Scrape | None, Mapping[str, Usage]]:
+        sources = self._sources
         reply: StatusReply | None = None
+        used: Mapping[str, Usage] = {}
 
         async def ask_pool() -> None:
-            nonlocal reply
-            reply = await self._sources.pool.get()
+            nonlocal reply, used
+            reply = await sources.pool.get()
+            if reply is not None:
+                used = await sources.usage.get()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask_pool)
-            scraped = await self._sources.scrape.get()
-        return reply, scraped
+            scraped = await sources.scrape.get()
+        return reply, scraped, used
 
     def _readiness(self, reply: StatusReply | None) -> tuple[bool, str]:
         if reply is None:

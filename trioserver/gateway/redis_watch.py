@@ -6,10 +6,10 @@ fast as ever. What they say is a second old, two if Redis does not answer.
 
 from typing import Final, NoReturn
 
+import attrs
 import trio
 
 from trioserver.errors import RedisError
-from trioserver.gateway.app import RedisPing
 from trioserver.log_redaction import redact
 from trioserver.metrics import Tally
 from trioserver.redis_link import RedisLink
@@ -18,6 +18,17 @@ PING_SECONDS: Final = 1.0
 """Between pings, and for the answer to one."""
 
 _MAX_ERROR: Final = 200
+
+
+@attrs.frozen(kw_only=True)
+class RedisPing:
+    """How one ping of Redis went."""
+
+    seconds: float | None
+    """Until it was answered; None if it was not."""
+
+    error: str = ""
+    """Why it was not, without credentials."""
 
 
 class RedisWatch:
@@ -39,6 +50,9 @@ class RedisWatch:
         try:
             seconds = await link.ping(timeout=PING_SECONDS)
         except RedisError as error:
+            # The last good value would look as if all were well.
+            self._tally.redis_ping_seconds = 0.0
             return RedisPing(seconds=None, error=redact(str(error))[:_MAX_ERROR])
         self._tally.redis_ping_seconds = seconds
+        self._tally.redis_latency.observe(seconds)
         return RedisPing(seconds=seconds)
