@@ -9,12 +9,17 @@ One refusal looks like another to the client. The outcome (`AuthError.outcome`) 
 metrics.
 """
 
+import base64
 from pathlib import Path
 from typing import Final
 
 import attrs
 import jwt
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from trioserver.errors import AuthError, SettingsError
@@ -102,19 +107,38 @@ class Verifier:
         return self._audience in (audience if isinstance(audience, list) else [audience])
 
 
-def _key(settings: Settings) -> str | bytes:
-    if not settings.jwt_algorithms[0].startswith("HS"):
-        try:
-            pem = Path(settings.jwt_public_key_file or "").read_bytes()
-            load_pem_public_key(pem)
-        except (OSError, ValueError) as error:
-            raise SettingsError(
-                "JWT_PUBLIC_KEY_FILE", f"no public key can be read from it: {error}", "key.pem"
-            ) from None
-        return pem
-    if settings.jwt_secret_key is None:
+PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey | Ed448PublicKey
+Key = str | jwt.PyJWK | PublicKey
+
+
+def _key(settings: Settings) -> Key:
+    """Return the key in the form that costs least per token: parsed, once."""
+    first, *others = settings.jwt_algorithms
+    if not first.startswith("HS"):
+        return _public_key(settings.jwt_public_key_file)
+    secret = settings.jwt_secret_key
+    if secret is None:
         raise SettingsError("JWT_SECRET_KEY", "no key to verify tokens with", "32 random bytes")
-    return settings.jwt_secret_key
+    if others:
+        return secret
+    # A PyJWK is for one algorithm. PyJWT would look at a bare secret again for every token: is
+    # it PEM, is it JSON?
+    encoded = base64.urlsafe_b64encode(secret.encode()).rstrip(b"=").decode()
+    return jwt.PyJWK({"kty": "oct", "k": encoded, "alg": first})
+
+
+def _public_key(path: Path | None) -> PublicKey:
+    problem: object = "it is of a kind that signs no tokens"
+    try:
+        key = load_pem_public_key(Path(path or "").read_bytes())
+    except (OSError, ValueError) as error:
+        problem = error
+    else:
+        if isinstance(key, PublicKey):
+            return key
+    raise SettingsError(
+        "JWT_PUBLIC_KEY_FILE", f"no public key can be read from it: {problem}", "key.pem"
+    )
 
 
 def _sane(moment: float) -> float:

@@ -62,10 +62,10 @@ def run(
         logs.configure(settings, process, slot=slot, generation=generation)
         trio.run(work, settings)
     except TrioserverError as error:
-        logs.get_logger().error("the process cannot run", problem=str(error))
+        logs.get_logger().error("the process cannot run", child=process, problem=str(error))
         return EXIT_SETTINGS
     except Exception:  # noqa: BLE001 - as one line of our log; the supervisor sees the exit code
-        logs.get_logger().exception("the process broke")
+        logs.get_logger().exception("the process broke", child=process)
         return EXIT_FAILURE
     return EXIT_CLEAN
 

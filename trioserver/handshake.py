@@ -15,7 +15,7 @@ import binascii
 import hashlib
 import re
 from typing import Final
-from urllib.parse import parse_qsl
+from urllib.parse import unquote_plus
 
 import attrs
 import httptools
@@ -96,12 +96,15 @@ class Request:
         """
         if not self.query:
             return {}
-        try:
-            return dict(
-                parse_qsl(self.query, keep_blank_values=True, max_num_fields=MAX_PARAMETERS)
-            )
-        except ValueError:
-            raise Refusal(400, "too many query parameters") from None
+        pairs = self.query.split("&")
+        if len(pairs) > MAX_PARAMETERS:
+            raise Refusal(400, "too many query parameters")
+        parameters: dict[str, str] = {}
+        for pair in pairs:
+            name, _, value = pair.partition("=")
+            if name:
+                parameters[unquote_plus(name)] = unquote_plus(value)
+        return parameters
 
 
 class _Head:

@@ -55,12 +55,15 @@ class Listener:
     handshake_timeout: float
     query_token: bool
     pages: dict[str, Callable[[], tuple[int, str, bytes]]]
-    connections: set[Connection] = attrs.field(factory=set, init=False)
-    """Every connection that has a task."""
     draining: bool = attrs.field(default=False, init=False)
     """Whether WebSocket handshakes are refused with 503."""
     _nursery: trio.Nursery | None = attrs.field(default=None, init=False)
     _numbers: "itertools.count[int]" = attrs.field(factory=itertools.count, init=False)
+
+    @property
+    def connections(self) -> set[Connection]:
+        """Every connection of this worker that has begun and is not released."""
+        return self.shared.connections
 
     def open(self, nursery: trio.Nursery) -> None:
         """Give the connections their place to live; before the first `admit`."""
@@ -136,8 +139,7 @@ class Listener:
         assert nursery is not None  # noqa: S101 - for the type checker: open() came first
         connection = self.connection(sock, greeting, claims, deflate=deflate)
         self.shared.pump.replace(connection)
-        self.connections.add(connection)
-        nursery.start_soon(self._live, connection)
+        nursery.start_soon(connection.run)
         try:
             connection.begin(early)
         except Exception as bug:  # noqa: BLE001 - this connection's end, not that of the arrival
@@ -150,12 +152,6 @@ class Listener:
         """Make the connection for `start`; a test server makes one of its own kind."""
         connection_id = f"{self.worker_id}-{next(self._numbers):x}"
         return Connection(self.shared, sock, connection_id, greeting, claims, deflate=deflate)
-
-    async def _live(self, connection: Connection) -> None:
-        try:
-            await connection.run()
-        finally:
-            self.connections.discard(connection)
 
 
 class Arrival:

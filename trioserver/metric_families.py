@@ -219,7 +219,7 @@ FAMILIES: Final = (
     ),
     _buckets(
         "redis_latency_seconds",
-        "How long Redis took to answer commands, once per batch that was sent.",
+        "How long requests to Redis took that were answered, the wait for a connection included.",
         lambda t: t.redis_latency,
     ),
     _worst(

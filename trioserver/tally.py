@@ -146,7 +146,7 @@ class Tally:
     """How long Redis took to answer the last ping; 0 if it did not."""
 
     redis_latency: Buckets = attrs.field(factory=lambda: Buckets(_LATENCY_BOUNDS))
-    """Seconds from sending commands to Redis to its first reply."""
+    """Seconds that requests to Redis took, if they were answered."""
 
     canary_age: float = 0.0
     """Seconds since a message of our own last came back through Redis."""

@@ -251,13 +251,45 @@ async def test_of_several_pings_in_one_read_the_latest_is_answered() -> None:
     """A flood of pings costs one pong per read."""
     async with running() as worker:
         client = await worker.join()
-        await client.send(b"".join(frame(PING, b"%d" % i) for i in range(100)))
+        await client.send(b"".join(frame(PING, b"%d" % i) for i in range(20)))
         payloads: list[bytes] = []
-        while not payloads or payloads[-1] != b"99":
+        while not payloads or payloads[-1] != b"19":
             opcode, payload = await client.frame()
             assert PONG == opcode
             payloads.append(payload)
-        assert len(payloads) < 100
+        assert len(payloads) < 20
+        await client.aclose()
+
+
+@pytest.mark.parametrize("opcode", [PING, PONG])
+async def test_a_flood_of_control_frames_ends_the_connection(opcode: int) -> None:
+    """Twenty at once are taken, the next one is a flood; the sibling is served."""
+    async with running() as worker:
+        sibling = await worker.join("bob")
+        client = await worker.join()
+        await client.send(frame(opcode, b"x") * 21)
+        assert "policy" == (await client.until("goodbye"))["reason"]
+        await sibling.send(text({"type": "ping"}))
+        assert "pong" == (await sibling.message())["type"]
+        for one in (client, sibling):
+            await one.aclose()
+
+
+async def test_the_pong_that_was_asked_for_is_free() -> None:
+    """A client that answers every ping never comes near the budget."""
+    pace = attrs.evolve(CALM, ping_interval=0.05)
+    async with running(pace=pace) as worker:
+        client = await worker.join()
+        worker.only()._controls = 19.5
+        worker.only()._control_at = trio.current_time()
+        for _ in range(3):
+            while True:
+                opcode, payload = await client.frame()
+                if opcode == PING:
+                    break
+            await client.send(frame(PONG, payload))
+        await client.send(text({"type": "ping", "ref": "still here"}))
+        assert "still here" == (await client.until("pong"))["ref"]
         await client.aclose()
 
 

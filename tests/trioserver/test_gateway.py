@@ -2,34 +2,29 @@
 
 import datetime as dt
 import json
+import os
 import re
+import resource
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
+import msgspec
 import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.redis_server import RedisServer, wait_until
 from tests.trioserver.gateway_process import Answer, GatewayProcess, pool, worker
-from trioserver.gateway import metrics_page
+from trioserver.gateway.pool_metrics import POOL_FAMILIES
+from trioserver.gateway.scrape import Scraper
 from trioserver.metrics import FAMILIES, Exporter, Tally
 from trioserver.settings import Settings
 
 # Nothing is there: a closed port refuses at once.
 NO_REDIS = Settings(redis_url="redis://127.0.0.1:1/0", logger_encoding="json", log_level="debug")
-
-# What a page has beside the metrics that processes count.
-POOL_TYPES = {
-    "pool_ready": "gauge",
-    "redis_up": "gauge",
-    "worker_up": "gauge",
-    "worker_ready": "gauge",
-    "worker_restarts_total": "counter",
-}
 
 TIMESTAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 
@@ -173,8 +168,7 @@ async def test_names_and_types_of_a_scrape(shared: GatewayProcess) -> None:
     page = await shared.get("/metrics")
 
     types = dict(re.findall(r"^# TYPE (\S+) (\S+)$", page.body.decode(), re.MULTILINE))
-    expected = {family.name: family.kind.partition("_")[0] for family in FAMILIES} | POOL_TYPES
-    assert expected == types
+    assert {family.name: family.type for family in (*FAMILIES, *POOL_FAMILIES)} == types
     assert "gauge" == types["websocket_connections_total"]
     assert "text/plain; version=0.0.4; charset=utf-8" == page.headers["Content-Type"]
 
@@ -202,6 +196,68 @@ async def test_a_scrape_adds_up_all_processes(gateway: GatewayProcess) -> None:
     assert (1, 0) == (seen["worker_ready", "0"], seen["worker_ready", "1"])
     assert 1 == seen["worker_restarts_total", "1"]
     assert (1, 0) == (seen["pool_ready",], seen["redis_up",])
+
+
+async def test_processes_are_measured_from_outside(gateway: GatewayProcess) -> None:
+    """Processor time, memory and descriptors of whoever has a role, by role, and of nobody else."""
+    ours = msgspec.structs.replace(worker(0), pid=os.getpid())
+    gone = msgspec.structs.replace(worker(1), pid=None)
+    strange = msgspec.structs.replace(worker(2), pid=1 << 22)  # beyond every pid there can be
+    gateway.supervisor.reply = pool(ours, gone, strange)
+    await settle(gateway, "/readyz", 200)
+
+    seen = samples(await gateway.get("/metrics"))
+
+    roles = {labels[0] for name, *labels in seen if name == "process_cpu_seconds_total"}
+    assert {"worker-0", "supervisor"} == roles - {"gateway", "redis"}
+    resident, fds, seconds = own_usage()
+    assert resident == pytest.approx(seen["process_resident_memory_bytes", "worker-0"], rel=0.1)
+    assert fds == pytest.approx(seen["process_open_fds", "worker-0"], abs=5)
+    assert seconds == pytest.approx(seen["process_cpu_seconds_total", "worker-0"], abs=1)
+
+
+def own_usage() -> tuple[int, int, float]:
+    """Return this process's resident bytes, open descriptors and processor seconds."""
+    status = Path("/proc/self/status").read_text()
+    resident = int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) << 10
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return resident, len(list(Path("/proc/self/fd").iterdir())), used.ru_utime + used.ru_stime
+
+
+async def test_a_ping_of_the_past_is_not_shown(tmp_path: Path) -> None:
+    """While Redis is down ``redis_ping_seconds`` is 0, as ``redis_up`` is; later it is back."""
+    with RedisServer(tmp_path / "redis") as redis:
+        settings = attrs.evolve(NO_REDIS, redis_url=redis.unix_url)
+        with GatewayProcess(tmp_path / "gateway", settings) as process:
+            process.wait_started()
+            counts = []
+            for up, change in ((True, redis.kill), (False, redis.start), (True, redis.kill)):
+                with trio.fail_after(5.0):
+                    while True:
+                        seen = samples(await process.get("/metrics"))
+                        if [up, up] == [seen["redis_up",] > 0, seen["redis_ping_seconds",] > 0]:
+                            break
+                        await trio.sleep(0.02)
+                counts.append(seen["redis_latency_seconds_count",])
+                change()
+
+    assert 0 < counts[0] <= counts[1] < counts[2]
+
+
+async def test_what_retired_generations_left_is_folded(tmp_path: Path) -> None:
+    """The gateway puts away the files of generations that no longer serve; their counts stay."""
+    process = GatewayProcess(tmp_path, NO_REDIS)
+    directory = process.state.metrics_dir
+    for generation in range(1, 4):
+        Exporter(Tally(opened=1, connections=1), directory, f"w0.{generation}").flush()
+    process.supervisor.reply = msgspec.structs.replace(pool(worker(0)), generation=3)
+    with process:
+        process.wait_started()
+        await wait_until(lambda: not list(directory.glob("*_w0.[12].db")))
+        seen = samples(await process.get("/metrics"))
+
+    assert 3 == seen["websocket_connections_opened_total",]
+    assert (directory / "counter_w0.3.db").exists()
 
 
 async def test_metrics_as_json_have_exactly_the_known_shape(gateway: GatewayProcess) -> None:
@@ -385,7 +441,7 @@ async def test_it_drains_when_told_to(gateway: GatewayProcess) -> None:
     assert "draining" == beat.why
     assert (503, 200) == (answer.status, alive.status)
     assert {"ready": False, "why": "draining"} == json.loads(answer.body)
-    assert not list(gateway.state.metrics_dir.glob("gauge_*"))
+    assert not list(gateway.state.metrics_dir.glob("gauge_live*"))
     assert "gateway ended" == log_lines(gateway)[-1]["event"]
 
 
@@ -408,6 +464,7 @@ async def test_it_ends_with_its_supervisor(gateway: GatewayProcess) -> None:
 async def test_a_request_under_way_is_answered_before_the_end(gateway: GatewayProcess) -> None:
     """A drain waits for what it has begun."""
     gateway.supervisor.reply = None
+    asked = gateway.supervisor.asked
     answers: list[Answer] = []
 
     async def ask() -> None:
@@ -415,7 +472,7 @@ async def test_a_request_under_way_is_answered_before_the_end(gateway: GatewayPr
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ask)
-        await wait_until(lambda: gateway.supervisor.asked)
+        await wait_until(lambda: gateway.supervisor.asked > asked)
         gateway.drain(10.0)
 
     assert [503] == [answer.status for answer in answers]
@@ -458,11 +515,12 @@ async def test_its_successor_serves_on_the_same_socket(gateway: GatewayProcess) 
     """A kill takes the request in hand; who comes next waits in the queue and is answered."""
     directory = gateway.state.metrics_dir
     await gateway.get("/healthz")
-    await wait_until(lambda: metrics_page.scrape(directory).total("http_requests_total"))
+    await wait_until(lambda: Scraper(directory).scrape().total("http_requests_total"))
     gateway.supervisor.reply = None
+    asked = gateway.supervisor.asked
     async with await gateway.connect() as cut:
         await cut.send_all(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n")
-        await wait_until(lambda: gateway.supervisor.asked)
+        await wait_until(lambda: gateway.supervisor.asked > asked)
         gateway.kill()
         async with await gateway.connect() as late:
             await late.send_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -510,7 +568,8 @@ async def test_settings_that_cannot_be_read_end_it_with_4(tmp_path: Path) -> Non
         code = process.wait_exit()
 
     assert 4 == code
-    assert "the gateway cannot run" in process.log
+    assert "the process cannot run" in process.log
+    assert "child=gateway" in process.log
     assert "Traceback" not in process.log
 
 
@@ -523,7 +582,7 @@ async def test_a_listening_socket_that_is_none_ends_it_with_1(tmp_path: Path) ->
         code = process.wait_exit()
 
     assert 1 == code
-    assert "the gateway broke" == log_lines(process)[-1]["event"]
+    assert "the process broke" == log_lines(process)[-1]["event"]
 
 
 async def test_old_log_files_are_put_away(tmp_path: Path) -> None:

@@ -65,6 +65,12 @@ def test_a_directory_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
     assert () == nothing.bad_files
 
 
+def a_pipe(path: Path) -> None:
+    """Put a pipe there, whose opening would wait for a writer."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -73,7 +79,7 @@ def test_a_directory_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
         pytest.param(lambda path: path.write_bytes(b"\x00" * 4096), id="a hole"),
         pytest.param(lambda path: path.write_bytes(os.urandom(4096)), id="noise"),
         pytest.param(lambda path: (path.unlink(), path.mkdir()), id="a directory"),
-        pytest.param(lambda path: (path.unlink(), os.mkfifo(path)), id="a pipe"),
+        pytest.param(a_pipe, id="a pipe"),
         pytest.param(lambda path: (path.unlink(), path.symlink_to("counter_w0.1.db")), id="a link"),
         pytest.param(lambda path: MetricFile(path, {"{}": Cell(1.0)}).close(), id="no key"),
         pytest.param(lambda path: MetricFile(path, {"[1]": Cell(1.0)}).close(), id="another key"),

@@ -1,6 +1,7 @@
 """The archive: what the dead have counted stays counted, exactly once, whenever we are killed."""
 
 import fcntl
+import itertools
 import json
 import os
 import subprocess
@@ -115,10 +116,8 @@ def test_the_archive_grows_and_forgets_names(tmp_path: Path) -> None:
 def test_of_drains_the_latest_is_kept(tmp_path: Path) -> None:
     """A gauge that outlives its process is not added up, and an older one does not replace it."""
     for slot, (moment, seconds) in enumerate([(100.0, 3.0), (300.0, 2.0), (200.0, 9.0)]):
-        exporter = Exporter(
-            Tally(shutdown_seconds=seconds), tmp_path, f"w{slot}.1", wall=lambda at=moment: at
-        )
-        exporter.close()
+        tally, wall = Tally(shutdown_seconds=seconds), itertools.repeat(moment).__next__
+        Exporter(tally, tmp_path, f"w{slot}.1", wall=wall).close()
 
     fold(tmp_path, serving(2))
 

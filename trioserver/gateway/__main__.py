@@ -46,7 +46,7 @@ FRESH_SECONDS: Final = 0.1
 ASK_SECONDS: Final = 1.0
 """How long the supervisor, or the disk, may take for an answer."""
 
-FOLD_SECONDS: Final = 5.0
+FOLD_SECONDS: Final = 3.0
 """How often metric files of retired generations are looked for."""
 
 GRACE_SECONDS: Final = 3.0
@@ -180,6 +180,7 @@ class Gateway:
     async def _fold(self) -> None:
         """Put away metric files of generations that have retired, from time to time."""
         while True:
+            await trio.sleep(FOLD_SECONDS)
             asked_at = time.time()
             reply = await self._ask_pool()
             if reply is not None:
@@ -187,7 +188,6 @@ class Gateway:
                     serving=reply.generation, reloading=reply.reloading, asked_at=asked_at
                 )
                 await self._fold_once(generations)
-            await trio.sleep(FOLD_SECONDS)
 
     async def _fold_once(self, generations: Generations) -> None:
         try:
