@@ -118,10 +118,10 @@ class Canary:
         task_status.started()
         try:
             while True:
-                self._changed = trio.Event()
                 batch = self._subscription.follow(self.channel)
                 if batch is not None:
                     await batch.wait()
+                self._changed = trio.Event()
                 pause = await self._send_one()
                 # Cut short by a change: then the next one is due now.
                 with trio.move_on_after(pause):

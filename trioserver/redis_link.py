@@ -421,6 +421,10 @@ async def open_link(
     async with trio_asyncio.open_loop() as loop, trio.open_nursery() as nursery:
         # The default would end the whole worker for a hiccup of one transport.
         loop.set_exception_handler(_asyncio_problem)
+        # The loop's own resolver is a thread that cannot be left alone: a link that is closed
+        # while it looks a name up would hang for ever.
+        resolve = trio_asyncio.trio_as_aio(trio.socket.getaddrinfo)
+        loop.getaddrinfo = resolve
         queue = _Queue(loop)
         link = RedisLink(where, queue)
         for _ in range(lanes):

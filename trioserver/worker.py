@@ -12,7 +12,6 @@ came back on the ordinary path), it has room, and it is not draining.
 """
 
 import argparse
-import contextlib
 import gc
 import math
 import os
@@ -22,22 +21,22 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable
-from pathlib import Path
 from typing import Final
 
 import attrs
 import trio
 
-from trioserver import health, logs
+from trioserver import child, health, logs
 from trioserver.auth import Verifier
 from trioserver.canary import Canary
-from trioserver.connection import CLOSE_SECONDS, Connection, Pace, Shared
+from trioserver.connection import Connection, Pace, Shared
 from trioserver.deflate import Compressor
 from trioserver.delivery import Delivery
+from trioserver.drain import LAST_WORDS_SECONDS, drain
 from trioserver.endpoint import endpoint
-from trioserver.errors import CloseReason, TrioserverError
+from trioserver.errors import CloseReason
 from trioserver.hub import Hub
-from trioserver.lifeline import Lifeline, tie_to_parent
+from trioserver.lifeline import Lifeline
 from trioserver.listener import Listener
 from trioserver.metrics import Exporter, Tally
 from trioserver.outbox import OutboxLimits
@@ -46,23 +45,14 @@ from trioserver.rate_limit import RateLimited
 from trioserver.redis_link import open_link
 from trioserver.settings import Settings
 from trioserver.statedir import StateDir
-from trioserver.status import CONTROL_FD, LISTEN_FD, SETTINGS_FD, Beat, Drain
+from trioserver.status import CONTROL_FD, LISTEN_FD, Beat, Drain
 from trioserver.subscription import Subscription
-
-FLUSH_SECONDS: Final = 1.0
-"""How often counts go to the metric files and readiness is looked at afresh."""
 
 FULL_SHARE: Final = 0.95
 """Of the descriptors, how many may be connections; the rest is for Redis, logs and luck."""
 
 UNEVEN: Final = 1.2
 """SO_REUSEPORT spreads by hash: the fullest worker has about this many times its share."""
-
-PACE_PER_SECOND: Final = 500
-"""Goodbyes per second in a drain: as many handshakes as come back elsewhere."""
-
-LAST_WORDS_SECONDS: Final = 1.0
-"""In a quick stop: time for goodbyes to leave."""
 
 
 @attrs.frozen(kw_only=True)
@@ -121,7 +111,8 @@ class Worker:
             max_payload=settings.notification_max_size,
             log_malformed=self._log_malformed,
         )
-        target = endpoint(settings, StateDir(settings.data_dir).redis_socket)
+        state = StateDir(settings.data_dir)
+        target = endpoint(settings, state.redis_socket)
         self._target = target
         self._client_name = f"trioserver-{identity.unique}"
         self._subscription = Subscription(
@@ -176,8 +167,7 @@ class Worker:
             drain_seconds=settings.drain_seconds,
             drain_propagation=settings.drain_propagation,
         )
-        directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-        self._exporter = Exporter(self.tally, Path(directory), identity.name) if directory else None
+        self._exporter = Exporter(self.tally, state.metrics_dir, identity.name)
 
     async def run(self) -> None:
         """Serve until told to drain, then drain; returns when the last connection is gone."""
@@ -185,7 +175,7 @@ class Worker:
             await services.start(self.lifeline.run)
             services.start_soon(self.pump.run)
             services.start_soon(self.pump.run_timers)
-            services.start_soon(self._flush)
+            services.start_soon(child.keep_counting, self.tally, self._exporter, self._refresh)
             services.start_soon(self._talk_to_redis)
             async with trio.open_nursery() as connections:
                 self._listener.open(connections)
@@ -194,14 +184,13 @@ class Worker:
                 self._log.info("worker started", pid=os.getpid())
                 _settle_garbage_collector()
                 order = await self.lifeline.wait_drain()
-                await self._drain(order, connections)
+                order = await self._drain(order, connections.cancel_scope)
             # Goodbyes may still be on their way through sockets that linger.
             with trio.move_on_after(LAST_WORDS_SECONDS if order.quick else LINGER_SECONDS):
                 await self.pump.wait_empty()
             services.cancel_scope.cancel()
         self.pump.close()
-        if self._exporter is not None:
-            self._exporter.close()
+        self._exporter.close()
         self._log.info("worker ended")
 
     async def _talk_to_redis(self) -> None:
@@ -273,77 +262,30 @@ class Worker:
         state = health.Health(
             ready=not why,
             redis_ping_seconds=trip,
-            redis_error="" if trip is not None else why,
+            redis_error="" if trip is not None or canary is None else canary.why,
             connections=len(self._listener.connections),
             users=self.tally.users,
             uptime_seconds=time.monotonic() - self._started_at,
         )
         return state.status, health.JSON, state.body(time.time())
 
-    async def _flush(self) -> None:
-        """Once a second: metrics, and readiness that depends on nothing but time."""
-        expected = trio.current_time() + FLUSH_SECONDS
-        while True:
-            await trio.sleep_until(expected)
-            now = trio.current_time()
-            tally = self.tally
-            tally.loop_lag = now - expected
-            tally.outbox_bytes = sum([one.waiting_bytes for one in self._shared.blocked])
-            statistics = self._subscription.statistics()
-            tally.redis_reconnects = max(0, statistics.links - 1)
-            if self._canary is not None:
-                age = self._canary.age(now)
-                # Before the first has come back, its age is that of the worker.
-                tally.canary_age = time.monotonic() - self._started_at if age is None else age
-                tally.redis_ping_seconds = self._canary.round_trip or 0.0
-            tally.log_lines_dropped = logs.dropped()
-            if self._exporter is not None:
-                self._exporter.flush()
-                if self._exporter.problem:
-                    self._log_quietly("metrics cannot be written", self._exporter.problem)
-            self._changed()
-            expected = max(expected + FLUSH_SECONDS, now)
+    def _refresh(self, now: float) -> None:
+        """Bring the tally up to the second, and readiness that depends on nothing but time."""
+        tally = self.tally
+        tally.outbox_bytes = sum([one.waiting_bytes for one in self._shared.blocked])
+        tally.redis_reconnects = max(0, self._subscription.statistics().links - 1)
+        if self._canary is not None:
+            age = self._canary.age(now)
+            # Before the first has come back, its age is that of the worker.
+            tally.canary_age = time.monotonic() - self._started_at if age is None else age
+            tally.redis_ping_seconds = self._canary.round_trip or 0.0
+        self._changed()
 
-    # The end.
-
-    async def _drain(self, order: Drain, connections: trio.Nursery) -> None:
-        """Close the door and end every connection, within ``order.seconds``."""
-        deadline = trio.current_time() + order.seconds
+    async def _drain(self, order: Drain, connections: trio.CancelScope) -> Drain:
         self._draining = True
         self.lifeline.changed()
         self._log.info("draining", connections=len(self._listener.connections), quick=order.quick)
-        if not order.quick:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._drain_orderly, order, nursery.cancel_scope)
-                order = await self.lifeline.wait_hurry()
-                deadline = trio.current_time() + order.seconds
-                nursery.cancel_scope.cancel()
-        self._close_door()
-        for connection in tuple(self._listener.connections):
-            connection.end(CloseReason.GOING_AWAY)
-        last_words = trio.current_time() + LAST_WORDS_SECONDS
-        connections.cancel_scope.deadline = min(deadline, last_words) if order.quick else deadline
-
-    async def _drain_orderly(self, order: Drain, done: trio.CancelScope) -> None:
-        """Wait until load balancers know, then spread the goodbyes; ends before the deadline."""
-        began = trio.current_time()
-        await trio.sleep(order.propagation)
-        self._close_door()
-        leaving: list[Connection] = list(self._listener.connections)
-        window = max(0.0, began + order.seconds - trio.current_time() - CLOSE_SECONDS - 1)
-        window = min(window, len(leaving) / PACE_PER_SECOND)
-        start = trio.current_time()
-        for number, connection in enumerate(leaving):
-            await trio.sleep_until(start + window * number / len(leaving))
-            connection.end(CloseReason.GOING_AWAY)
-        done.cancel()
-
-    def _close_door(self) -> None:
-        """Answer who waits in the accept queue with 503, then accept no more; idempotent."""
-        self._listener.draining = True
-        if self._door.open:
-            self._door.empty()
-            self._door.lock()
+        return await drain(order, self.lifeline, self._listener, self._door, connections)
 
     # Logs.
 
@@ -384,40 +326,23 @@ def _settle_garbage_collector() -> None:
     gc.set_threshold(100_000, 50, 50)
 
 
-def _read_settings(fd: int) -> Settings:
-    size = os.fstat(fd).st_size
-    return Settings.restore(os.pread(fd, size, 0))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one worker on the descriptors the supervisor has placed; return the exit code."""
-    parser = argparse.ArgumentParser(prog="trioserver.worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="trioserver.worker")
     parser.add_argument("--slot", type=int, required=True)
     parser.add_argument("--generation", type=int, required=True)
     arguments = parser.parse_args(argv)
-    tie_to_parent()
-    settings = _read_settings(SETTINGS_FD)
     identity = Identity(slot=arguments.slot, generation=arguments.generation)
-    logs.configure(
-        settings,
-        process=f"worker-{identity.slot}",
-        slot=identity.slot,
-        generation=identity.generation,
-    )
-    sock = socket.socket(fileno=LISTEN_FD)
-    sock.setblocking(False)
 
-    async def work() -> None:
+    async def work(settings: Settings) -> None:
+        sock = socket.socket(fileno=LISTEN_FD)
+        sock.setblocking(False)
         await Worker(settings, identity, sock).run()
 
-    try:
-        trio.run(work)
-    except TrioserverError as error:
-        logs.get_logger().error("cannot start", problem=str(error))
-        return 4
-    return 0
+    return child.run(
+        f"worker-{identity.slot}", work, slot=identity.slot, generation=identity.generation
+    )
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
+    sys.exit(main())

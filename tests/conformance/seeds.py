@@ -1,7 +1,8 @@
 """Writes the seeds of the corpus: ``python -m tests.conformance.seeds``. For when a table grows.
 
 Frames: one input per thing that Autobahn|Testsuite tries in its sections 1 to 7, made anew, and
-hostile ones. Handshakes: the rows of `tests.trioserver.test_handshake`. Messages: hostile JSON.
+hostile ones. Handshakes: the rows of `tests.trioserver.test_handshake`, and offers of compression.
+Messages: hostile JSON.
 Names say what an input is; what the fuzzer has found besides is named by its hash.
 """
 
@@ -12,7 +13,7 @@ from typing import Final
 
 from tests.conformance.streams import CLOSE_CODES, GARBLED, HEADERS
 from tests.conformance.targets import TARGETS
-from tests.trioserver.test_handshake import ROWS
+from tests.trioserver.test_handshake import ROWS, made
 from tests.trioserver.wire import BINARY, CLOSE, PING, PONG, TEXT, close, frame
 from trioserver.deflate import deflate
 
@@ -151,6 +152,25 @@ def deflate_seeds() -> dict[str, bytes]:
     }
 
 
+OFFERS: Final = (
+    *(b"", b"; server_no_context_takeover", b"; client_no_context_takeover", b"; unknown"),
+    *(b"; client_max_window_bits", b"; client_max_window_bits=9", b'; client_max_window_bits="9"'),
+    *(b"; client_max_window_bits=16", b"; client_max_window_bits=09", b"; client_max_window_bits="),
+    *(b"; server_max_window_bits=15", b"; server_max_window_bits=9", b"; server_max_window_bits"),
+    *(b"; server_no_context_takeover=1", b"; server_no_context_takeover" * 2, b";", b";;", b"; =1"),
+    *(b"; server_max_window_bits=9, permessage-deflate", b'; x="a, permessage-deflate, b"'),
+)
+
+
+def handshake_seeds() -> dict[str, bytes]:
+    """Return request heads: the rows of the table, and offers of compression."""
+    seeds = {name: data for name, (data, _) in ROWS.items()}
+    for number, offer in enumerate(OFFERS):
+        line = b"Sec-WebSocket-Extensions: permessage-deflate" + offer
+        seeds[f"offer-{number:02}"] = made(line)
+    return seeds
+
+
 def message_seeds() -> dict[str, bytes]:
     """Return what clients and publishers might say."""
     seeds = {"nothing": b"", "greeting": GREETING, "nul": b"\0", "not-utf8": b'{"type":"\xff"}'}
@@ -183,7 +203,7 @@ def main() -> None:
     """Write them all."""
     tables = {
         "frames": frame_seeds(),
-        "handshake": {name: data for name, (data, _) in ROWS.items()},
+        "handshake": handshake_seeds(),
         "messages": message_seeds(),
     }
     for target, seeds in tables.items():

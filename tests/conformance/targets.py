@@ -173,7 +173,7 @@ def judge(buffer: bytes) -> Verdict:
         if not end:
             return _WAIT
         request = handshake.parse(buffer[:end])
-        upgrade = handshake.upgrade(request)
+        upgrade = handshake.upgrade(request, may_deflate=True)
         request.parameters()
     except Refusal as refusal:
         return refusal.status, refusal.response(), None
@@ -221,6 +221,8 @@ def check_handshake(data: bytes) -> None:
         assert status == json.loads(body)["status"]
         return
     assert body == b""
+    assert (b"permessage-deflate" in answer) is upgrade.deflate
+    assert not upgrade.deflate or b"permessage-deflate" in data
     assert upgrade.subprotocol in {None, handshake.SUBPROTOCOL}
     assert b"bearer" not in answer.lower(), "a token is echoed"
     found = head_faults(data[: handshake.head_end(data)])
@@ -230,7 +232,8 @@ def check_handshake(data: bytes) -> None:
 def outcome_handshake(data: bytes) -> str:
     """Return the status and the reason."""
     status, answer, upgrade = judge(data)
-    return f"{status} {answer.splitlines()[-1:]} {upgrade and upgrade.subprotocol}"
+    agreed = upgrade and (upgrade.subprotocol, upgrade.token is None, upgrade.deflate)
+    return f"{status} {answer.splitlines()[-1:]} {agreed}"
 
 
 # Messages.
@@ -377,6 +380,8 @@ TARGETS: Final = {
                 *(b"GET /ws HTTP/1.1\r\n", b"Host: x\r\n", b"\r\n\r\n", b"Upgrade: websocket\r\n"),
                 *(b"Connection: Upgrade\r\n", b"Sec-WebSocket-Version: 13\r\n", b"HTTP/1.0"),
                 *(b"Sec-WebSocket-Protocol: ", b"trioserver.v1", b"bearer.", b"Content-Length: 0"),
+                *(b"Sec-WebSocket-Extensions: permessage-deflate", b"; client_max_window_bits"),
+                *(b"; server_max_window_bits=15", b"; server_no_context_takeover", b'="9"'),
                 *(b"Transfer-Encoding: chunked\r\n", b"Authorization: Bearer ", b"\r\n ", b"\n"),
                 b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n",
             ),

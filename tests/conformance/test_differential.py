@@ -1,15 +1,22 @@
-"""The frame decoder against wsproto: the same streams, cut at the same random places."""
+"""Against other implementations: wsproto reads the same frames, websockets our negotiation."""
+
+import itertools
+import re
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
+from websockets.headers import build_extension, parse_extension
 
 from tests.conformance.oracles import DIFFERENCES, WsprotoReader, difference
 from tests.conformance.streams import CLOSE_CODES, GARBLED, HEADERS, cuts, deflated, pieces
+from tests.trioserver.test_handshake import made
 from tests.trioserver.wire import BINARY, CLOSE, PING, TEXT, close, frame
 from trioserver.deflate import deflate, inflate
 from trioserver.errors import CloseReason
 from trioserver.frames import Decoder, Event
+from trioserver.handshake import parse, upgrade
 
 
 @settings(max_examples=500, deadline=None)
@@ -60,6 +67,35 @@ def test_rsv1_marks_the_first_frame_of_a_message_and_nothing_else(opcode: int, r
     assert (right, right) == (len(events) == 1, len(theirs.events) == 1)
     if not right:
         assert (CloseReason.PROTOCOL_ERROR, 1002) == (ours.failure, theirs.code)
+
+
+@pytest.mark.parametrize("takeover", itertools.product((False, True), repeat=2))
+@pytest.mark.parametrize("client_window", [None, True, 9, 15])
+@pytest.mark.parametrize(
+    "server_window",
+    [
+        *(None, 9),
+        pytest.param(15, marks=pytest.mark.xfail(reason="agreed to without saying so")),
+    ],
+)
+def test_a_client_can_live_with_what_was_agreed_on(
+    takeover: tuple[bool, bool], client_window: int | bool | None, server_window: int | None
+) -> None:
+    """Whatever a client of `websockets` offers, it accepts our answer, or goes uncompressed."""
+    client = ClientPerMessageDeflateFactory(
+        server_no_context_takeover=takeover[0],
+        client_no_context_takeover=takeover[1],
+        server_max_window_bits=server_window,
+        client_max_window_bits=client_window,
+    )
+    offer = build_extension([(client.name, client.get_request_params())])
+    request = parse(made(b"Sec-WebSocket-Extensions: " + offer.encode()))
+    agreed = upgrade(request, may_deflate=True)
+    assert agreed.deflate is (server_window != 9)
+    if agreed.deflate:
+        (line,) = re.findall(rb"\r\nSec-WebSocket-Extensions: (.*)\r\n", agreed.response())
+        ((_, parameters),) = parse_extension(line.decode())
+        client.process_response_params(parameters, [])
 
 
 @settings(deadline=None)

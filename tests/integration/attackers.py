@@ -9,9 +9,7 @@ does not slow down those who are measured meanwhile:
     assert all(outcome.code == 1008 for outcome in attack.outcomes)
 """
 
-import contextlib
 import json
-import os
 import select
 import signal
 import socket
@@ -151,7 +149,129 @@ class Attacker:
         self._frames += frames
 
 
+# Heads.
+
+UPGRADE: Final = (
+    "Upgrade: websocket",
+    "Connection: Upgrade",
+    "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+)
+
+
+def request(path: str, *lines: str) -> bytes:
+    """Return a request head with these lines."""
+    return "\r\n".join([f"GET {path} HTTP/1.1", "Host: x", *lines, "", ""]).encode()
+
+
+HEADS: Final = {
+    "101 headers": [f"X-{number}: y" for number in range(100)],  # and Host
+    "a line of 9 KiB": ["X: " + "y" * 9216],
+    "17 KiB": [f"X-{number}: " + "y" * 1016 for number in range(17)],
+    "2,000 headers": [f"X-{number}: y" for number in range(2_000)],
+    "32,000 spaces": ["Sec-WebSocket-Protocol: b" + " " * 32_000 + "x"],
+}
+
+
+@attrs.frozen(kw_only=True)
+class Exchange:
+    """A request and what came back until the server closed."""
+
+    answer: bytes
+    seconds: float
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return int(self.answer.split(b" ", 2)[1])
+
+
+def exchange(where: Address, data: bytes, piece: int | None = None) -> Exchange:
+    """Send ``data`` in segments of ``piece`` bytes until there is an answer; read to the end.
+
+    Raises:
+        ConnectionResetError: The server has closed in a way that may cost the answer.
+    """
+    began = time.monotonic()
+    piece = piece or len(data)
+    with socket.create_connection(where, timeout=PATIENCE) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start in range(0, len(data), piece):
+            sock.sendall(data[start : start + piece])
+            if select.select([sock], [], [], 0)[0]:
+                break
+        answer = b""
+        while chunk := sock.recv(1 << 16):
+            answer += chunk
+    return Exchange(answer=answer, seconds=time.monotonic() - began)
+
+
+@attrs.define(eq=False)
+class Stalling:
+    """A head that is begun and never ended."""
+
+    sock: socket.socket
+    began: float
+    drips: bool
+    ended: float | None = None
+    answer: bytes = b""
+
+
+class Siege:
+    """Thousands of clients whose heads do not come: half are silent, half drip.
+
+    Drive it with `turn`; it takes no thread, so that it does not slow down who measures.
+    """
+
+    DRIP_SECONDS: Final = 0.25
+
+    def __init__(self, where: Address, count: int) -> None:
+        self._poll = select.epoll()
+        self._stalling: dict[int, Stalling] = {}
+        self.ended: list[Stalling] = []
+        for number in range(count):
+            sock = socket.create_connection(where, timeout=PATIENCE)
+            sock.setblocking(False)
+            stalling = Stalling(sock, time.monotonic(), drips=number % 2 == 1)
+            self._stalling[sock.fileno()] = stalling
+            self._poll.register(sock, select.EPOLLIN)
+        self._text = iter(request("/ws", *UPGRADE))
+        self._drip_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._poll.close()
+        for stalling in self._stalling.values():
+            stalling.sock.close()
+
+    @property
+    def going_on(self) -> bool:
+        """Whether somebody is still connected."""
+        return bool(self._stalling)
+
+    def turn(self, seconds: float) -> None:
+        """Wait for at most so long, and do what there is to do."""
+        for descriptor, _events in self._poll.poll(seconds):
+            stalling = self._stalling[descriptor]
+            chunk = stalling.sock.recv(4096)
+            stalling.answer += chunk
+            if not chunk:
+                stalling.ended = time.monotonic()
+                self.ended.append(self._stalling.pop(descriptor))
+                stalling.sock.close()
+        if time.monotonic() >= self._drip_at:
+            self._drip_at = time.monotonic() + self.DRIP_SECONDS
+            drop = bytes((next(self._text),))
+            for stalling in self._stalling.values():
+                if stalling.drips and not stalling.answer:
+                    stalling.sock.send(drop)
+
+
 # Floods: what is sent, and how often.
+
+ENDLESS: Final = 1 << 20
 
 FRAGMENT_FLOODS: Final = {
     "empty": (frame(CONTINUATION, fin=False) * 10_000, 100),
@@ -162,11 +282,21 @@ FRAGMENT_FLOODS: Final = {
 }
 
 CONTROL_FLOODS: Final = {
-    "pings": (frame(PING) * 10_000, 100),
-    "long pings": (frame(PING, b"p" * 125) * 1_000, 200),
-    "pongs": (frame(PONG, b"unasked") * 10_000, 100),
-    "long pings, pongs unread": (frame(PING, b"p" * 125) * 1_000, 200),
+    "pings": (frame(PING) * 10_000, ENDLESS),
+    "long pings": (frame(PING, b"p" * 125) * 1_000, ENDLESS),
+    "pongs": (frame(PONG, b"unasked") * 10_000, ENDLESS),
+    "long pings, pongs unread": (frame(PING, b"p" * 125) * 1_000, ENDLESS),
 }
+
+
+def heads(where: Address, kind: str) -> Outcome:
+    """Send a head beyond all bounds, whole and in small pieces."""
+    data = request("/ws", *UPGRADE, *HEADS[kind])
+    found = [exchange(where, data, piece) for piece in (None, 10)]
+    seconds = max(one.seconds for one in found)
+    codes = {one.status for one in found}
+    assert len(codes) == 1, codes
+    return Outcome(seconds=seconds, gone=seconds, code=codes.pop(), sent=2 * len(data), received=0)
 
 
 def fragments(where: Address, kind: str) -> Outcome:
@@ -184,6 +314,7 @@ def controls(where: Address, kind: str, user: str | None = "mallory") -> Outcome
 
 
 ATTACKS: Final[dict[str, Callable[[Address, str], Outcome]]] = {
+    "heads": heads,
     "fragments": fragments,
     "controls": controls,
 }

@@ -3,10 +3,11 @@
 import contextlib
 import json
 import os
+import select
 import socket
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Self
 
@@ -19,9 +20,9 @@ Address = tuple[str, int]
 PATIENCE: Final = 10.0
 """Seconds that any single wait of a blocking socket may take."""
 
-NOISE_SECONDS: Final = 0.005
-"""What a machine that runs other things beside us may add to the slowest percent: one time
-slice of the kernel, and a little."""
+NOISE_SECONDS: Final = 0.01
+"""What a machine that runs other things beside us may add to the slowest percent: two or three
+time slices of the kernel. A round trip in peace takes 0.05 ms."""
 
 
 def address(server: Running, *, admin: bool = False) -> Address:
@@ -70,7 +71,7 @@ class Usage:
         raise LookupError(field)
 
 
-def percentile(values: list[float], percent: int) -> float:
+def percentile(values: Sequence[float], percent: int) -> float:
     """Return the value that so many percent do not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
@@ -80,32 +81,33 @@ class Neighbour:
     """Somebody who does no harm, and who must not notice anything."""
 
     def __init__(self, where: Address, user: str = "neighbour") -> None:
-        self._socket = socket.create_connection(where, timeout=PATIENCE)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket = socket.create_connection(where, timeout=PATIENCE)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._ping = text({"type": "ping", "ref": "r"})
-        self._socket.sendall(head(credential=token(user)))
+        self.socket.sendall(head(credential=token(user)))
         data = b""
         while b"connection_established" not in data or split_frames(data.split(b"\r\n\r\n")[1])[1]:
-            data += self._receive()
+            data += self.receive()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._socket.close()
+        self.socket.close()
 
-    def _receive(self) -> bytes:
-        data = self._socket.recv(1 << 16)
+    def receive(self) -> bytes:
+        """Return some bytes; the end of the stream would be a failure."""
+        data = self.socket.recv(1 << 16)
         assert data, "the server has closed a connection that did no harm"
         return data
 
     def round_trip(self) -> float:
         """Ask and be answered; return the seconds that took."""
         began = time.perf_counter()
-        self._socket.sendall(self._ping)
+        self.socket.sendall(self._ping)
         data = b""
         while True:
-            data += self._receive()
+            data += self.receive()
             for opcode, payload in split_frames(data)[0]:
                 if opcode == TEXT and json.loads(payload)["type"] == "pong":
                     return time.perf_counter() - began
@@ -120,3 +122,49 @@ class Neighbour:
 def bearable(baseline: float) -> float:
     """Return what the slowest percent may take while somebody else is attacking."""
     return max(2 * baseline, baseline + NOISE_SECONDS)
+
+
+class Audience:
+    """Many good clients that note when each broadcast reached them. Drive it with `listen`."""
+
+    def __init__(self, where: Address, count: int) -> None:
+        self.latencies: list[float] = []
+        self.numbers: list[list[int]] = [[] for _ in range(count)]
+        """What each has got, in its order."""
+        self._neighbours = [Neighbour(where, f"good-{index}") for index in range(count)]
+        self._data = [b""] * count
+        self._poll = select.epoll()
+        self._index: dict[int, int] = {}
+        for index, neighbour in enumerate(self._neighbours):
+            self._index[neighbour.socket.fileno()] = index
+            self._poll.register(neighbour.socket, select.EPOLLIN)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._poll.close()
+        for neighbour in self._neighbours:
+            neighbour.socket.close()
+
+    def listen(self, until: float) -> None:
+        """Take what comes until a moment of `time.perf_counter`."""
+        while (remaining := until - time.perf_counter()) > 0:
+            for descriptor, _events in self._poll.poll(remaining):
+                self._take(self._index[descriptor])
+
+    def _take(self, index: int) -> None:
+        data = self._data[index] + self._neighbours[index].receive()
+        now = time.perf_counter()
+        frames, self._data[index] = split_frames(data)
+        for opcode, payload in frames:
+            if opcode == TEXT:
+                message = json.loads(payload)
+                if message["type"] == "numbered":
+                    self.numbers[index].append(message["payload"]["number"])
+                    self.latencies.append(now - message["payload"]["at"])
+
+    def taken(self) -> list[float]:
+        """Return the latencies since the last call."""
+        latencies, self.latencies = self.latencies, []
+        return latencies

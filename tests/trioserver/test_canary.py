@@ -11,7 +11,7 @@ import trio
 
 from tests.redis_server import RedisServer, wait_until
 from tests.toxic import Toxic
-from trioserver.canary import LINK_DOWN, NOT_YET, OVERDUE, Canary
+from trioserver.canary import LINK_DOWN, NOT_YET, OVERDUE, REFUSED, Canary
 from trioserver.endpoint import Endpoint
 from trioserver.redis_link import RedisLink, open_link
 from trioserver.resp import pack
@@ -40,28 +40,40 @@ class Worker:
     proxy: Toxic
     heard: list[bytes]
     changes: list[tuple[bool, str]]
+    seconds_per_message: float = 0.0
+    """How long the worker is at work with one message."""
+
+    async def _work(self) -> None:
+        await trio.sleep(self.seconds_per_message)
 
 
 @asynccontextmanager
 async def working(
-    redis: RedisServer, *, user: str | None = None, with_canary: bool = True
+    redis: RedisServer,
+    *,
+    user: str | None = None,
+    way_out: Endpoint | None = None,
+    with_canary: bool = True,
 ) -> AsyncIterator[Worker]:
     """Run such a worker for the time of the block."""
     heard: list[bytes] = []
     changes: list[tuple[bool, str]] = []
+    worker: Worker | None = None
 
     def deliver(channel: bytes, payload: bytes) -> Awaitable[None] | None:
         if channel == canary.channel:
             canary.returned(payload, trio.current_time())
         else:
             heard.append(payload)
+            if worker is not None and worker.seconds_per_message:
+                return worker._work()
         return None
 
     def changed() -> None:
         canary.link_changed()
 
     proxy = Toxic(("127.0.0.1", redis.port))
-    way_out = Endpoint(path=str(redis.path), username=user, password=user and "pw")
+    way_out = way_out or Endpoint(path=str(redis.path), username=user, password=user and "pw")
     with trio.fail_after(LIMIT):
         async with open_link(way_out) as link, trio.open_nursery() as nursery:
             await nursery.start(proxy.run)
@@ -74,7 +86,8 @@ async def working(
             batch = subscription.follow(b"a")
             assert batch is not None
             await batch.wait()
-            yield Worker(subscription, canary, proxy, heard, changes)
+            worker = Worker(subscription, canary, proxy, heard, changes)
+            yield worker
             nursery.cancel_scope.cancel()
 
 
@@ -161,6 +174,45 @@ async def test_a_deaf_subscription_is_found_and_cured(redis: RedisServer) -> Non
         assert worker.subscription.statistics().fault == "canary lost"
 
 
+async def test_a_burst_is_not_thrown_away(redis: RedisServer) -> None:
+    """A worker that is behind is unready until it has caught up, and loses nothing meanwhile."""
+    async with working(redis) as worker:
+        await wait_until(lambda: worker.canary.fresh, 1)
+        worker.seconds_per_message = 0.02
+        payloads = [b"%d" % number for number in range(70)]
+        for payload in payloads:
+            assert redis.command("PUBLISH", "a", payload) == 1
+        await wait_until(lambda: not worker.canary.fresh, INTERVAL + PATIENCE + 0.2)
+        assert worker.canary.why == OVERDUE
+        assert len(worker.heard) < len(payloads) - PATIENCE / 0.02
+        await wait_until(lambda: worker.canary.fresh, 3)
+        await wait_until(lambda: len(worker.heard) == len(payloads), 1)
+
+        assert payloads == worker.heard
+        assert worker.subscription.statistics().faults == 0
+
+
+async def test_a_canary_that_goes_elsewhere(redis: RedisServer, tmp_path: Path) -> None:
+    """What is published reaches another Redis: found, although the old one has much to say."""
+    with RedisServer(tmp_path / "other") as other:
+        async with (
+            working(redis, way_out=Endpoint(path=str(other.path))) as worker,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(chatter, redis)
+            await wait_until(lambda: worker.subscription.statistics().fault == "canary lost", 2)
+            assert len(worker.heard) > 5
+            assert not worker.canary.fresh
+            nursery.cancel_scope.cancel()
+
+
+async def chatter(redis: RedisServer) -> None:
+    """Publish something all the time."""
+    while True:
+        redis.command("PUBLISH", "a", "x")
+        await trio.sleep(0.005)
+
+
 async def test_without_a_canary_a_deaf_subscription_starves(redis: RedisServer) -> None:
     """The negative control: nothing else notices, and everything published is lost."""
     async with working(redis, with_canary=False) as worker:
@@ -200,17 +252,42 @@ async def test_a_canary_lost_with_its_link_is_no_second_fault(redis: RedisServer
         assert worker.subscription.statistics().faults == 1
 
 
-async def test_a_canary_that_redis_does_not_take(redis: RedisServer) -> None:
-    """Publishing is forbidden: unready with the reason; the subscription is not to blame."""
+async def test_a_canary_that_redis_does_not_take(
+    redis: RedisServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Publishing is forbidden: the public learns that, the log learns why; no new link."""
     redis.command("ACL", "SETUSER", "mute", "on", ">pw", "+@all", "&*", "~*")
     async with working(redis, user="mute") as worker:
         await wait_until(lambda: worker.canary.fresh, 1)
         redis.command("ACL", "SETUSER", "mute", "-publish")
         await wait_until(lambda: not worker.canary.fresh, 2 * INTERVAL)
-        assert worker.canary.why.startswith("redis does not take the canary: NOPERM")
+        assert worker.canary.why == REFUSED
+        await trio.sleep(2 * INTERVAL)
+        assert capfd.readouterr().err.count("NOPERM") == 1
         assert worker.subscription.statistics().faults == 0
         redis.command("ACL", "SETUSER", "mute", "+publish")
         await wait_until(lambda: worker.canary.fresh, 3 * INTERVAL)
+
+
+async def test_a_link_that_is_down_is_the_reason(redis: RedisServer) -> None:
+    """Where Redis answers neither, that the subscription is down says more than the rest."""
+    out = Toxic(("127.0.0.1", redis.port))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(out.run)
+        way_out = Endpoint(host="127.0.0.1", port=out.port)
+        async with working(redis, way_out=way_out) as worker:
+            await wait_until(lambda: worker.canary.fresh, 1)
+            redis.command("CONFIG", "RESETSTAT")
+            out.mute_to_client = True
+            # Without the subscription, the canary only comes back by our own hand.
+            worker.proxy.mute_to_client = True
+            await wait_until(lambda: redis.commands_seen("publish") == 1)
+            worker.proxy.cut()
+            await wait_until(lambda: not worker.subscription.up, 1)
+            assert worker.canary.why == LINK_DOWN
+            await trio.sleep(2 * PATIENCE)
+            assert worker.canary.why == LINK_DOWN
+        nursery.cancel_scope.cancel()
 
 
 async def test_only_the_canary_that_is_out_counts(redis: RedisServer) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from redis.asyncio.connection import parse_url
 
-from trioserver.endpoint import Endpoint, Tls, endpoint
+from tests.redis_server import make_certificates
+from trioserver.endpoint import Endpoint, Tls, endpoint, tls_context
 from trioserver.errors import SettingsError
 from trioserver.settings import Settings
 
@@ -80,6 +81,13 @@ def test_tls_options(url: str, tls: Tls | None) -> None:
         "redis://h?ssl_cert_reqs=none",
         "rediss://h?ssl_cert_reqs=perhaps",
         "redis://h?nonsense",
+        "redis://h:0",
+        "redis://:12?username=x@h",
+        "redis://a..b",
+        f"redis://{'x' * 64}.com",
+        "redis://:123#45@h:6379/0",
+        "redis://h/0#x",
+        "unix:///run/a#b.sock",
     ],
 )
 def test_nonsense_is_refused(url: str) -> None:
@@ -87,6 +95,33 @@ def test_nonsense_is_refused(url: str) -> None:
     with pytest.raises(SettingsError, match=r"^REDIS_URL: ") as caught:
         endpoint(settings(redis_url=url), None)
     assert caught.value.setting == "REDIS_URL"
+
+
+def test_a_password_that_is_cut_off() -> None:
+    """A "#" that is not escaped would end the URL: the message says how it is written."""
+    with pytest.raises(SettingsError, match='contains "#", which is written %23') as caught:
+        endpoint(settings(redis_url="redis://:hunter#2@h"), None)
+    assert "hunter" not in str(caught.value)
+    assert endpoint(settings(redis_url="redis://:hunter%232@h"), None).password == "hunter#2"
+
+
+def test_certificates(tmp_path: Path) -> None:
+    """Files that are there are loaded; what is missing or no use is named in one line."""
+    make_certificates(tmp_path)
+    ca, certificate, key = (str(tmp_path / name) for name in ("ca.pem", "server.pem", "server.key"))
+    tls_context(Tls(ca_file=ca, cert_file=certificate, key_file=key))
+    missing = str(tmp_path / "missing.pem")
+
+    for tls, problem in (
+        (Tls(ca_file=missing), f'ssl_ca_certs: "{missing}" cannot be used: no such file'),
+        (Tls(ca_file=key), f'ssl_ca_certs: "{key}" cannot be used: no certificate or crl found'),
+        (Tls(cert_file=missing), f'ssl_certfile: "{missing}" cannot be used: no such file'),
+        (Tls(cert_file=ca, key_file=key), "cannot be used: key values mismatch"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            tls_context(tls)
+        assert caught.value.setting == "REDIS_URL"
+        assert problem in caught.value.problem
 
 
 def test_separate_values() -> None:

@@ -146,6 +146,21 @@ class TestSweep:
         assert not [name for name in after if name.endswith(".tmp")]
         assert before[age(0)] == after[age(0)]
 
+    def test_no_descriptor(self, directory: Path) -> None:
+        """Where the directory can be opened and not be listed, nothing happens, and it is told."""
+        before = contents(directory)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))
+        try:
+            swept = sweep(directory, TODAY)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+        assert Swept(failed=1) == swept
+        assert before == contents(directory)
+
     def test_no_directory(self, tmp_path: Path) -> None:
         """Where there are no logs there is nothing to sweep."""
         assert Swept() == sweep(tmp_path / "missing", TODAY)

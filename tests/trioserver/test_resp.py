@@ -3,11 +3,14 @@
 import hiredis
 import pytest
 
+from trioserver.endpoint import Endpoint
 from trioserver.errors import RedisRefused, RedisUnavailable
 from trioserver.resp import (
     CHANNELS_PER_COMMAND,
+    PONG,
     Confirmation,
     Greeting,
+    Pong,
     interpret,
     pack,
     subscribe,
@@ -48,7 +51,8 @@ def push(*parts: bytes | int | None) -> object:
 
 def greeting(username: str | None = None, password: str | None = None) -> Greeting:
     """Return a greeting of a worker."""
-    return Greeting(username=username, password=password, client_name="trioserver-3")
+    where = Endpoint(username=username, password=password)
+    return Greeting(where=where, client_name="trioserver-3")
 
 
 def test_pack_writes_one_command() -> None:
@@ -78,6 +82,15 @@ def test_greeting_carries_credentials(username: str | None, said: bytes) -> None
     (command,) = words(greeting(username, "s3cret").hello())
 
     assert [b"HELLO", b"3", b"AUTH", said, b"s3cret", b"SETNAME", b"trioserver-3"] == command
+
+
+def test_greeting_of_a_user_without_password() -> None:
+    """A user who needs no password is named all the same, with HELLO and without."""
+    new = greeting("ann")
+
+    (command,) = words(new.hello())
+    assert [b"HELLO", b"3", b"AUTH", b"ann", b"", b"SETNAME", b"trioserver-3"] == command
+    assert words(new.receive(UNKNOWN))[0] == [b"AUTH", b"ann", b""]
 
 
 @pytest.mark.parametrize(
@@ -182,14 +195,14 @@ def test_channels_are_asked_for_in_chunks(count: int, sizes: list[int]) -> None:
         ([b"subscribe", b"a", 1], Confirmation(b"a", subscribed=True)),
         (push(b"unsubscribe", b"a", 0), Confirmation(b"a", subscribed=False)),
         ([b"unsubscribe", b"a", 0], Confirmation(b"a", subscribed=False)),
-        (b"PONG", None),
-        ([b"pong", b""], None),
+        (b"PONG", PONG),
+        ([b"pong", b""], PONG),
         (push(b"invalidate", b"k"), None),
         (push(b"MOVING", 1, 2), None),
     ],
 )
-def test_interpret(reply: object, meaning: Confirmation | None) -> None:
-    """Confirmations mean the same in both versions; PONG and unknown pushes mean nothing."""
+def test_interpret(reply: object, meaning: Confirmation | Pong | None) -> None:
+    """Confirmations and PONG mean the same in both versions; unknown pushes mean nothing."""
     assert meaning == interpret(reply)
 
 

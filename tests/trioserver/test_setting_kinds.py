@@ -98,6 +98,11 @@ class TestValues:
             ("WS_PORT", "٨٠٨١", '"٨٠٨١" is not a port number'),
             ("WS_PORT", "9" * 5000, "is not a port number"),
             ("WS_HOST", "a b", '"a b" is not a host name or an IP address'),
+            ("REDIS_HOST", "redis..svc", '"redis..svc" is not a host name or an IP address'),
+            ("REDIS_HOST", "x" * 64, "is not a host name or an IP address"),
+            ("REDIS_HOST", "a." * 127, "is not a host name or an IP address"),
+            ("REDIS_HOST", "h:6379", '"h:6379" is not a host name or an IP address'),
+            ("REDIS_HOST", "1::2::3", '"1::2::3" is not a host name or an IP address'),
             ("WORKERS", "0", '"0" is not a whole number from 1 to 1024'),
             ("REDIS_PORT", "0", '"0" is not a port number from 1 to 65535'),
             ("WS_WRITE_WAIT", "10 parsecs", '"10 parsecs" is not a duration'),
@@ -131,10 +136,17 @@ class TestValues:
         assert len(line) < 250
 
     @pytest.mark.parametrize(
+        "host", ["h", "redis_1.a-b.internal.", "10.0.0.1", "::1", "fe80::1%eth0", "x" * 63]
+    )
+    def test_hosts(self, host: str) -> None:
+        """Names, with one dot at the end or none, and addresses of both kinds."""
+        assert host == environment(REDIS_HOST=host).settings.redis_host
+
+    @pytest.mark.parametrize(
         "url",
         [
             "redis://localhost",
-            "redis://user:p@ss/w@redis_1.internal:6379/3?health_check_interval=5",
+            "redis://user:p%40ss%2Fw@redis_1.internal:6379/3",
             "rediss://[::1]:6379",
             "unix:///run/redis.sock?db=2",
             "unix://:secret@/run/redis.sock",

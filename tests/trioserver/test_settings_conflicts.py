@@ -53,6 +53,30 @@ class TestConflicts:
         environment(USER_CHANNEL="channels:user:{user}")
         environment(USER_CHANNEL="channels:{user}:x", BROADCAST_CHANNEL="channels::x")
 
+    def test_prefix_with_a_user(self) -> None:
+        """Only USER_CHANNEL says where the user's id stands, whatever stands in front of it."""
+        for prefix, user in (("{user}:", "u:{user}"), ("{user", "}{user}")):
+            line = refusal(environ={"CHANNEL_PREFIX": prefix, "USER_CHANNEL": user})
+            assert line.startswith(f'CHANNEL_PREFIX (environment): "{prefix}" contains {{user}}')
+        environment(CHANNEL_PREFIX="{users}:")
+
+    @pytest.mark.parametrize(
+        ("url", "problem"),
+        [
+            ("redis://:hunter#2@h", 'contains "#"'),
+            ("redis://h:0", "is not understood"),
+            ("redis://a..b", "is not understood"),
+            ("redis://h?socket_timeout=3", "has options that mean nothing here: socket_timeout"),
+            ("rediss://h?ssl_ca_certs=/no/ca.pem", 'ssl_ca_certs: "/no/ca.pem" cannot be used: '),
+        ],
+    )
+    def test_redis_that_no_process_could_use(self, url: str, problem: str) -> None:
+        """What every process would refuse at its start is refused with the settings."""
+        line = refusal(environ={"REDIS_URL": url})
+
+        assert line.startswith(f"REDIS_URL (environment): {problem}")
+        assert "hunter" not in line
+
     @pytest.mark.parametrize(("name", "least"), [("HS256", 32), ("HS384", 48), ("HS512", 64)])
     def test_short_secret(self, name: str, least: int) -> None:
         """A secret shorter than the hash of its algorithm is refused; bytes count."""

@@ -14,6 +14,8 @@ import trio
 
 from tests.redis_server import RedisServer, make_certificates, supports_tls, wait_until
 from tests.toxic import Toxic
+from tests.trioserver.slow_names import SlowResolver
+from trioserver import subscription as module
 from trioserver.endpoint import Endpoint, Tls
 from trioserver.resp import pack
 from trioserver.subscription import MESSAGES_PER_TURN, SILENCE_SECONDS, Batch, Subscription
@@ -27,6 +29,33 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
     """A Redis of the test's own."""
     with RedisServer(tmp_path / "redis") as server:
         yield server
+
+
+class Dice(random.Random):
+    """Lets nobody wait, and remembers for how long they might have had to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pauses: list[float] = []
+
+    def uniform(self, a: float, b: float) -> float:
+        """Return the lower bound."""
+        self.pauses.append(b)
+        return a
+
+
+class Waiter:
+    """Somebody who waits for a batch, without a task."""
+
+    def __init__(self, calls: list[str], name: str) -> None:
+        self._calls = calls
+        self._name = name
+
+    def followed(self) -> None:
+        """Note it down; one of us has a bug."""
+        self._calls.append(self._name)
+        if self._name == "raises":
+            raise ZeroDivisionError
 
 
 class Listener:
@@ -234,6 +263,75 @@ async def test_follows_during_a_round_share_the_next(redis: RedisServer) -> None
     assert redis.commands_seen("subscribe") <= 20
 
 
+async def test_waiters_are_told_once(redis: RedisServer, capfd: pytest.CaptureFixture[str]) -> None:
+    """Who waits without a task is called when the batch is confirmed, whatever others do."""
+    listener = Listener(unix(redis))
+    calls: list[str] = []
+    waiters = {name: Waiter(calls, name) for name in ("a", "b", "forgotten", "raises")}
+    async with running(listener) as subscription:
+        await listener.up()
+        batch = subscription.follow(b"a")
+        assert batch is not None
+        for waiter in waiters.values():
+            batch.notify(waiter)
+        batch.notify(waiters["a"])
+        batch.forget(waiters["forgotten"])
+        batch.forget(waiters["forgotten"])
+        assert calls == []
+        await batch.wait()
+
+        assert sorted(calls) == ["a", "b", "raises"]
+        batch.forget(waiters["a"])
+        subscription.reconnect("once more")
+        await listener.follow(b"b")
+        await listener.up()
+        assert len(calls) == 3
+        assert subscription.statistics().fault == "once more"
+    assert "a waiter failed" in capfd.readouterr().err
+
+
+async def test_a_milestone_is_behind_all_that_was_said(redis: RedisServer) -> None:
+    """It is reached when what Redis had said before has been delivered, and not earlier."""
+    order: list[bytes] = []
+
+    async def slowly(payload: bytes) -> None:
+        await trio.sleep(0.02)
+        order.append(payload)
+
+    listener = Listener(unix(redis), silence=0.3)
+    listener.subscription = Subscription(
+        unix(redis), lambda _, payload: slowly(payload), lambda: None, silence=0.3
+    )
+    reached: list[list[bytes]] = []
+    async with running(listener) as subscription:
+        assert not subscription.milestone(lambda: reached.append([]))
+        await listener.follow(b"a")
+        publish_many(redis, b"a", [b"1", b"2", b"3"])
+        assert subscription.milestone(lambda: reached.append(list(order)))
+        assert subscription.milestone(lambda: reached.append(list(order)))
+        await wait_until(lambda: len(reached) == 2)
+        await trio.sleep(0.5)  # the watch's own PINGs are nobody's milestone
+
+    assert [[b"1", b"2", b"3"]] * 2 == reached
+
+
+async def test_a_milestone_ends_with_its_link(redis: RedisServer) -> None:
+    """What one link did not answer is not answered by the next."""
+    reached: list[bool] = []
+    async with proxied(redis) as (proxy, where):
+        listener = Listener(where, silence=0.4)
+        async with running(listener) as subscription:
+            await listener.up()
+            proxy.mute_to_client = True
+            assert subscription.milestone(lambda: reached.append(True))
+            await trio.sleep(0.05)
+            proxy.mute_to_client = False
+            proxy.cut()
+            await wait_until(lambda: subscription.statistics().links == 2)
+            await trio.sleep(0.3)
+    assert reached == []
+
+
 async def test_release_unsubscribes_later(redis: RedisServer) -> None:
     """A released channel lingers, is then unsubscribed, and can be followed again."""
     listener = Listener(unix(redis), linger=0.2)
@@ -342,6 +440,51 @@ async def test_every_killed_connection_is_replaced(redis: RedisServer) -> None:
     assert subscription.statistics().faults == 50
     assert subscription.statistics().links == 51
     assert listener.changes == [True, False] * 50 + [True, False]
+
+
+async def test_links_that_die_young(redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The more of them in a row, the longer the pauses; a link that lived makes up for it."""
+    dice = Dice()
+    listener = Listener(unix(redis))
+    where = Endpoint(host="127.0.0.1", port=redis.port)
+    listener.subscription = Subscription(where, listener.deliver, lambda: None, jitter=dice)
+    async with running(listener) as subscription:
+        await listener.up()
+        for number in range(130):
+            subscription.reconnect("cut")
+            await wait_until(lambda: subscription.statistics().links == number + 2)  # noqa: B023 - awaited here
+        assert sorted(dice.pauses) == dice.pauses
+        assert dice.pauses[0] < 0.11
+        assert dice.pauses[49] < 0.6
+        assert dice.pauses[-1] == 5.0
+
+        monkeypatch.setattr(module, "STEADY_SECONDS", 0.05)
+        await trio.sleep(0.06)
+        subscription.reconnect("cut")
+        await wait_until(lambda: subscription.statistics().links == 132)
+        assert dice.pauses[-1] == 0.1
+
+
+async def test_the_log_says_why_an_outage_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another reason than the one that was logged is logged too, but not in floods."""
+    monkeypatch.setattr(module, "FAULT_REPORT_SECONDS", 0.3)
+    redis = RedisServer(tmp_path / "redis", password="old")
+    with redis:
+        listener = Listener(unix(redis))
+        async with running(listener) as subscription:
+            await listener.up()
+            redis.kill()
+            redis.password = "new"
+            redis.start()
+            await wait_until(lambda: "WRONGPASS" in subscription.statistics().fault)
+            faults = subscription.statistics().faults
+            await wait_until(lambda: subscription.statistics().faults >= faults + 6)
+    log = capfd.readouterr().err
+    assert log.count("redis subscription is down") == 1
+    assert log.count("redis subscription is still down") == 1
+    assert log.count("WRONGPASS") == 1
 
 
 async def test_redis_dies_and_comes_back(redis: RedisServer) -> None:
@@ -470,6 +613,46 @@ async def test_a_bug_of_ours_ends_the_link_only(redis: RedisServer) -> None:
         assert subscription.statistics().faults == 1
 
 
+async def test_a_bug_of_who_is_told(redis: RedisServer) -> None:
+    """Who raises when told that the link is down does not end the subscription."""
+    listener = Listener(unix(redis))
+
+    def changed() -> None:
+        if not listener.subscription.up:
+            raise ZeroDivisionError
+
+    listener.subscription = Subscription(unix(redis), listener.deliver, changed)
+    async with running(listener) as subscription:
+        await listener.up()
+        subscription.reconnect("cut")
+        await wait_until(lambda: subscription.statistics().links == 2)
+
+
+async def test_a_host_that_cannot_be_looked_up() -> None:
+    """What the resolver raises that is no OSError is one more failed attempt."""
+    listener = Listener(Endpoint(host="a..b"))
+    async with running(listener) as subscription:
+        await wait_until(lambda: subscription.statistics().faults >= 2)
+        assert subscription.statistics().fault == "internal error"
+
+
+async def test_names_may_be_found_slowly(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finding the address is not part of connecting; it has a limit of its own."""
+    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.2)
+    trio.socket.set_custom_hostname_resolver(SlowResolver(0.3))
+    listener = Listener(Endpoint(host="redis.test", port=redis.port))
+    async with running(listener) as subscription:
+        await listener.up()
+        assert subscription.statistics().faults == 0
+
+        monkeypatch.setattr(module, "RESOLVE_SECONDS", 0.1)
+        subscription.reconnect("cut")
+        await wait_until(lambda: subscription.statistics().faults >= 2)
+        assert subscription.statistics().fault == "no address of redis.test within 0.1 s"
+
+
 async def test_unsubscribed_behind_our_back(redis: RedisServer) -> None:
     """An unsubscribe that nobody asked for is a fault, and repaired."""
     async with proxied(redis) as (proxy, where):
@@ -575,6 +758,16 @@ async def test_password(tmp_path: Path) -> None:
             assert "NOAUTH" in subscription.statistics().fault
 
 
+async def test_a_user_without_password(redis: RedisServer) -> None:
+    """A user who needs no password is the one we are."""
+    redis.command("ACL", "SETUSER", "open", "on", "nopass", "&*", "-@all", "+subscribe")
+    redis.command("ACL", "SETUSER", "default", "off")
+    listener = Listener(Endpoint(path=str(redis.path), username="open"))
+    async with running(listener) as subscription:
+        await listener.follow(b"a")
+        assert subscription.statistics().faults == 0
+
+
 async def test_channels_that_are_forbidden(redis: RedisServer) -> None:
     """A refused SUBSCRIBE is a fault that says what Redis said, again and again."""
     redis.command("ACL", "SETUSER", "poor", "on", ">pw", "+@all", "resetchannels", "&mine:*")
@@ -629,6 +822,7 @@ async def test_tls(tmp_path: Path) -> None:
     [
         (b"", "during the greeting"),
         (b"nonsense\r\n", "Protocol error"),
+        (b"%1\r\n*1\r\n+a\r\n+b\r\n", "internal error"),
         (b"+OK\r\n:1\r\n", "unexpected reply 1"),
         (b"+OK\r\n-LOADING dataset\r\n", "LOADING dataset"),
         (b"+OK\r\n>3\r\n$9\r\nsubscribe\r\n$1\r\nz\r\n:1\r\n", "subscribed unasked"),
