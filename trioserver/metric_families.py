@@ -212,11 +212,6 @@ FAMILIES: Final = (
         "Times a subscription's connection to Redis was made anew.",
         lambda t: t.redis_reconnects,
     ),
-    _worst(
-        "redis_ping_seconds",
-        "How long Redis took to answer the last ping; the slowest process; 0: no answer.",
-        lambda t: t.redis_ping_seconds,
-    ),
     _buckets(
         "redis_latency_seconds",
         "How long requests to Redis took that were answered, the wait for a connection included.",

@@ -143,7 +143,7 @@ class Tally:
     """Times the subscription's connection to Redis was made anew."""
 
     redis_ping_seconds: float = 0.0
-    """How long Redis took to answer the last ping; 0 if it did not."""
+    """How long Redis took to answer the last ping. Shown nowhere: the gateway asks by itself."""
 
     redis_latency: Buckets = attrs.field(factory=lambda: Buckets(_LATENCY_BOUNDS))
     """Seconds that requests to Redis took, if they were answered."""

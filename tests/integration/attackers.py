@@ -59,15 +59,19 @@ class Attacker:
         self.socket.connect(where)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.sendall(head(credential=user and token(user)))
-        data = b""
-        last = b"connection_established" if user else b"\r\n\r\n"
-        while last not in data:
-            chunk = self.socket.recv(4096)
-            assert chunk, data
-            data += chunk
-        assert data.startswith(b"HTTP/1.1 101 "), data
-        self._data = data.partition(b"\r\n\r\n")[2]
+        self.received = 0
+        """Bytes that came while flooding."""
+        self._data = b""
         self._frames: list[tuple[int, bytes]] = []
+        while b"\r\n\r\n" not in self._data:
+            self._read()
+        answer, _, self._data = self._data.partition(b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 101 "), answer
+        self._parse()
+        while user and not self._frames:
+            self._read()
+            self._parse()
+        del self._frames[:1]
         self.socket.setblocking(False)
 
     def __enter__(self) -> Self:
@@ -95,9 +99,16 @@ class Attacker:
                     del self._frames[: index + 1]
                     self.socket.setblocking(False)
                     return payload
-            chunk = self.socket.recv(1 << 16)
-            assert chunk, f"the end came before a frame {opcode}: {self._frames}"
-            self._data += chunk
+            self._read()
+
+    def wait(self, seconds: float) -> int | None:
+        """Read until the Close frame, or for so long; return its code, or None."""
+        limit = time.monotonic() + seconds
+        while self.code is None and (remaining := limit - time.monotonic()) > 0:
+            if select.select([self.socket], [], [], remaining)[0]:
+                self._read()
+                self._parse()
+        return self.code
 
     def flood(
         self, blob: bytes, times: int, *, seconds: float = PATIENCE, read: bool = True
@@ -109,40 +120,56 @@ class Attacker:
         """
         began = time.monotonic()
         closed: float | None = None
-        sent = received = 0
+        sent = 0
         total = len(blob) * times
         poll = select.poll()
-        while True:
+        reading = True
+        while reading:
             wanted = (select.POLLIN if read else 0) | (select.POLLOUT if sent < total else 0)
             poll.register(self.socket, wanted)
             remaining = began + seconds - time.monotonic()
-            assert remaining > 0, f"not ended after {seconds} s: {sent=} {received=} {self.code=}"
-            ready = poll.poll(remaining * 1000)
-            events = ready[0][1] if ready else 0
-            try:
-                if events & (select.POLLIN | select.POLLHUP | select.POLLERR):
-                    chunk = self.socket.recv(1 << 16)
-                    if not chunk:
-                        break
-                    received += len(chunk)
-                    self._data += chunk
-                    self._parse()
-                    if closed is None and self.code is not None:
-                        closed = time.monotonic() - began
-                if events & select.POLLOUT:
+            assert remaining > 0, f"not ended after {seconds} s: {sent=} {self._frames}"
+            events = dict(poll.poll(remaining * 1000)).get(self.socket.fileno(), 0)
+            if events & select.POLLOUT:
+                try:
                     sent += self.socket.send(memoryview(blob)[sent % len(blob) :])
-            except BlockingIOError:
-                continue
-            except OSError:
-                break
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    # Reset. What came before that can still be read.
+                    events |= select.POLLERR
+            if events & (select.POLLIN | select.POLLHUP | select.POLLERR):
+                reading = self._read_some()
+                if closed is None and self.code is not None:
+                    closed = time.monotonic() - began
         gone = time.monotonic() - began
         return Outcome(
             seconds=gone if closed is None else closed,
             gone=gone,
             code=self.code,
             sent=sent,
-            received=received,
+            received=self.received,
         )
+
+    def _read_some(self) -> bool:
+        """Read all there is; return False at the end of the stream."""
+        while True:
+            try:
+                chunk = self.socket.recv(1 << 16)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if not chunk:
+                return False
+            self.received += len(chunk)
+            self._data += chunk
+            self._parse()
+
+    def _read(self) -> None:
+        chunk = self.socket.recv(1 << 16)
+        assert chunk, f"the stream ended early: {self._data!r} {self._frames}"
+        self._data += chunk
 
     def _parse(self) -> None:
         frames, self._data = split_frames(self._data)
@@ -278,7 +305,10 @@ FRAGMENT_FLOODS: Final = {
     "one byte": (frame(CONTINUATION, b"x", fin=False) * 10_000, 100),
     # Fewer pings than the budget of control frames in as many fragments as are allowed.
     "empty and pings": ((frame(CONTINUATION, fin=False) * 8 + frame(PING, b"p")) * 1_250, 100),
-    "one byte and pings": ((frame(CONTINUATION, b"x", fin=False) * 8 + frame(PING, b"p")) * 1_250, 100),
+    "one byte and pings": (
+        (frame(CONTINUATION, b"x", fin=False) * 8 + frame(PING, b"p")) * 1_250,
+        100,
+    ),
 }
 
 CONTROL_FLOODS: Final = {

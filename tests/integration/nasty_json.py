@@ -62,7 +62,9 @@ _texts = st.one_of(
     # Without escapes of Python's: control characters and line ends stay as they are.
     st.text(st.characters(exclude_categories=["Cs"]), max_size=30).map(lambda text: f'"{text}"'),
     st.text(max_size=30).map(json.dumps),
-    st.sampled_from(['"\\ud800"', '"\\udc00\\ud800"', '"\\u0000"', '"\\x"', '"', f'"{"x" * 9000}"']),
+    st.sampled_from(
+        ['"\\ud800"', '"\\udc00\\ud800"', '"\\u0000"', '"\\x"', '"', f'"{"x" * 9000}"']
+    ),
 )
 _nested = st.builds(
     lambda brackets, depth, closed: brackets[0] * depth + brackets[1] * depth * closed,
@@ -88,7 +90,7 @@ _values = st.recursive(
 
 
 def _of(kind: type[msgspec.Struct]) -> st.SearchStrategy[str]:
-    """Return messages that claim to be of this kind: any field may be right, wrong or there twice."""
+    """Return messages that claim to be of this kind; fields are right, wrong or there twice."""
     tag = json.dumps(kind.__struct_config__.tag)
     names = [json.dumps(field.encode_name) for field in msgspec.structs.fields(kind)]
     pairs = st.tuples(st.sampled_from([*names, '"type"', '"unknown"']), _values)

@@ -1,15 +1,15 @@
 """Clients that mean harm: what they cost is bounded, they are cut, and the others do not notice."""
 
 import json
-import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 from urllib.parse import quote
 
-import attrs
 import jwt
+import msgspec
 import pytest
 import trio
 from hypothesis import HealthCheck, given
@@ -31,7 +31,6 @@ from tests.integration.attackers import (
     fragments,
     request,
 )
-from tests.integration.clients import token
 from tests.integration.measuring import (
     NOISE_SECONDS,
     PATIENCE,
@@ -47,7 +46,7 @@ from tests.integration.nasty_json import BEYOND, MESSAGES, WORST
 from tests.redis_server import RedisServer
 from tests.running import SECRET, Running, eventually, running
 from tests.trioserver import wire
-from tests.trioserver.wire import BINARY, CLOSE, PING, PONG, TEXT, frame, head
+from tests.trioserver.wire import BINARY, CLOSE, PING, PONG, TEXT, frame
 from trioserver.auth import Verifier
 from trioserver.connection import MESSAGE_SECONDS
 from trioserver.errors import AuthError
@@ -142,8 +141,8 @@ def test_thousands_of_heads_that_do_not_come_end_at_the_deadline(
     good: list[float] = []
     with Siege(public, 4_000) as siege:
         limit = time.monotonic() + PATIENCE
-        while siege.going_on:
-            siege.turn(0.01)
+        while siege.going_on or len(good) < 100:
+            siege.turn(0.005)
             if len(good) < 100:
                 began = time.perf_counter()
                 with Neighbour(public):
@@ -233,8 +232,11 @@ def fast_clock() -> MockClock:
     return MockClock(rate=HURRY)
 
 
-@pytest.mark.parametrize("pings", [False, True], ids=["idle", "with pings"])
-@pytest.mark.parametrize("fragmented", [False, True], ids=["one frame", "fragments"])
+@pytest.mark.parametrize(
+    ("fragmented", "pings"),
+    [(False, False), (True, False), (True, True)],
+    ids=["one frame", "fragments", "fragments and pings"],
+)
 async def test_a_message_that_stays_incomplete_ends_in_time(
     fast_clock: MockClock, *, fragmented: bool, pings: bool
 ) -> None:
@@ -249,12 +251,14 @@ async def test_a_message_that_stays_incomplete_ends_in_time(
             # A frame that would be complete after 200 s.
             await client.send(frame(TEXT, b"x" * 40)[:6])
             more = b"x"
-        while worker.ends == [] and worker.only().reason is None:
-            await trio.sleep(2.5)
-            await client.send(more + (frame(PING) if pings and fragmented else b""))
-            assert trio.current_time() < began + 60
-        assert began + MESSAGE_SECONDS == pytest.approx(trio.current_time(), abs=5.0)
-        assert ("policy", 1008) == await client.farewell()
+        while worker.only().reason is None:
+            await trio.sleep(1.0)
+            await client.send(more + (frame(PING) if pings else b""))
+        # A bucket of the wheel and a second of ours; and 20 s here are one on the wall.
+        assert MESSAGE_SECONDS == pytest.approx(trio.current_time() - began, abs=3.0)
+        assert "policy" == (await client.until("goodbye"))["reason"]
+        assert 1008 == int.from_bytes((await client.frame())[1][:2], "big")
+        await client.aclose()
 
 
 @pytest.mark.slow
@@ -262,12 +266,10 @@ def test_incomplete_messages_end_in_time_on_the_wire(public: Address) -> None:
     """As above, with the clock on the wall: a message just under the limit, and a dripping one."""
     with Attacker(public) as idle, Attacker(public) as dripping:
         idle.socket.send(
-            frame(TEXT, b"", fin=False)
-            + frame(CONTINUATION, b"x", fin=False) * (MAX_FRAGMENTS - 1)
+            frame(TEXT, b"", fin=False) + frame(CONTINUATION, b"x", fin=False) * (MAX_FRAGMENTS - 1)
         )
         dripping.socket.send(frame(TEXT, b"x" * 1000)[:1])
-        waited = dripping.wait(5.0)
-        assert waited is None, waited
+        assert dripping.wait(5.0) is None
         dripping.socket.send(frame(TEXT, b"x" * 1000)[1:2])
         for attacker in (idle, dripping):
             # Nobody answers the Close frame, which adds the time for that.
@@ -369,9 +371,8 @@ def test_nobody_is_listened_to_for_long_after_the_goodbye(
     before = usage.cpu_seconds()
     with Attacker(public, None) as attacker:
         attacker.socket.send(first)
-        eventually(lambda: attacker.wait(0.1) or attacker.code, 5, "the goodbye")
+        assert code == attacker.wait(5)
         outcome = attacker.flood(frame(PONG, b"x") * 10_000, ENDLESS)
-    assert code == outcome.code
     assert outcome.gone < 2
     assert usage.cpu_seconds() - before < 0.2
 
@@ -441,7 +442,7 @@ VERIFIER = Verifier(wire.SETTINGS)
 def assert_harmless(text: bytes, seconds: float = 0.005) -> None:
     """Give a message to a session, without and with a user; see what comes of it, and when."""
     for user in (None, "ann"):
-        spent = []
+        spent: list[float] = []
         while not spent or (spent[-1] > seconds and len(spent) < 3):
             session = Session(user)
             before = time.thread_time()
@@ -452,7 +453,8 @@ def assert_harmless(text: bytes, seconds: float = 0.005) -> None:
                 with pytest.raises(AuthError):
                     VERIFIER.verify(action.token, 0.0)
             elif isinstance(action, Send | SendError):
-                json.loads(action.data)
+                # No other limits than the server's own.
+                msgspec.json.decode(action.data, type=dict[str, msgspec.Raw])
         assert min(spent) < seconds, (spent, text[:200])
 
 
@@ -506,7 +508,7 @@ def test_no_clients_words_break_a_line_of_the_log(tmp_path: Path) -> None:
 def speak_evil(public: Address) -> int:
     """Say evil words wherever a WebSocket client can; return how many got in."""
     joined = 0
-    for user in (EVIL, "x\u2028y", "x\x1by", "u" * 5_000, 'quote"d', "\ufeff\U0001f600", "ann"):
+    for user in (EVIL, "x\u2028y", "x\x1by", "u" * 5_000, 'quote"d', "\U0001f600", "\ufeff", "ann"):
         claims = {"sub": user, "exp": time.time() + 60}
         bearer = f"Authorization: Bearer {jwt.encode(claims, SECRET)}"
         for words in ("fine", "\u2028\x85 forged", "forged " * 800, "forged\x1b[31m"):
@@ -515,11 +517,11 @@ def speak_evil(public: Address) -> int:
             data = request(path, *lines, f"X-Forwarded-For: {FORGED_ADDRESS}")
             reason = frame(CLOSE, struct.pack(">H", 3000) + EVIL.encode()[:60])
             answer = exchange(public, data + reason).answer
-            assert answer.startswith((b"HTTP/1.1 101 ", b"HTTP/1.1 40")), answer
+            assert answer.startswith((b"HTTP/1.1 101 ", b"HTTP/1.1 4")), answer
             joined += answer.startswith(b"HTTP/1.1 101 ")
     exchange(public, request("/" + EVIL, *UPGRADE))
     exchange(public, request("/" + quote(EVIL), *UPGRADE))
-    assert 9 <= joined <= 24
+    assert joined > 6
     return joined
 
 
@@ -527,7 +529,7 @@ def ask_evil(admin: Address) -> int:
     """Say evil words wherever an HTTP client can; return how many requests were logged."""
     asked = 0
     for path in (quote(EVIL), quote("\x1b[31m\n\u2028"), "x" * 5_000):
-        for words in ("fine", "\u2028\x85 forged", "forged " * 700):
+        for words in ("fine", "\u2028\x85 forged", "forged " * 600):
             data = request(
                 "/" + path,
                 "Connection: close",
@@ -535,40 +537,76 @@ def ask_evil(admin: Address) -> int:
                 f"X-Request-ID: {words}",
                 f"X-Forwarded-For: {FORGED_ADDRESS}",
             )
-            asked += exchange(admin, data).status == 404
-    assert asked > 0
+            assert 404 == exchange(admin, data).status
+            asked += 1
     return asked
 
 
 # Slow readers.
 
 
+class Publisher:
+    """Publishes numbered broadcasts while an audience listens, in one thread."""
+
+    INTERVAL: Final = 1 / 200
+
+    def __init__(self, redis: RedisServer, audience: Audience) -> None:
+        self._redis = redis
+        self._audience = audience
+        self.published = 0
+
+    def publish(self, seconds: float, cut: Callable[[], bool] = lambda: False) -> float | None:
+        """Publish 200 per second for so long, or until a second after ``cut``.
+
+        Returns:
+            After how many seconds ``cut`` was true; None if it never was.
+        """
+        began = moment = time.perf_counter()
+        end = began + seconds
+        when = None
+        while moment < end:
+            payload = {"number": self.published, "at": time.perf_counter(), "filling": "x" * 2_000}
+            message = json.dumps({"type": "numbered", "payload": payload})
+            self._redis.command("PUBLISH", "channels:broadcast", message)
+            self.published += 1
+            moment += self.INTERVAL
+            self._audience.listen(moment)
+            if when is None and self.published % 20 == 0 and cut():
+                when = moment - began
+                end = min(end, moment + 1)
+        return when
+
+    def wait_all(self) -> None:
+        """Listen until the last has come to all."""
+        limit = time.perf_counter() + PATIENCE
+        while any(len(numbers) < self.published for numbers in self._audience.numbers):
+            assert time.perf_counter() < limit, "some have lost something"
+            self._audience.listen(time.perf_counter() + 0.01)
+
+
 def test_one_that_never_reads_is_cut_and_ninety_nine_lose_nothing(tmp_path: Path) -> None:
     """The write deadline ends it; the others get every broadcast, in order, and no later."""
-    environ = {"WS_WRITE_WAIT": "1s"}
-    with RedisServer(tmp_path / "redis") as redis:
-        environ["REDIS_URL"] = redis.url
-        with (
-            running(tmp_path / "server", workers=1, environ=environ) as server,
-            Audience(address(server), 99) as audience,
-        ):
-            publisher = Publisher(redis, audience)
-            publisher.publish(3.0)
-            baseline = audience.taken()
-            usage = Usage.of_worker(server)
-            before = usage.descriptors()
-            with Attacker(address(server), receive_buffer=4096):
-                assert before + 1 == usage.descriptors()
-                with usage.growth() as growth:
-                    began = time.monotonic()
-                    publisher.publish(5.0, lambda: usage.descriptors() == before)
-                    assert growth() < 4 * MIB
-            assert publisher.became_true is not None, "it was never cut"
-            # It was connected for a second or two until its buffers were full.
-            assert publisher.became_true - began < 11
-            attacked = audience.taken()
-            publisher.wait_all()
+    with (
+        RedisServer(tmp_path / "redis") as redis,
+        running(
+            tmp_path / "server",
+            workers=1,
+            environ={"WS_WRITE_WAIT": "1s", "REDIS_URL": redis.url},
+        ) as server,
+        Audience(address(server), 99) as audience,
+    ):
+        publisher = Publisher(redis, audience)
+        publisher.publish(3.0)
+        baseline = percentile(audience.taken(), 99)
+        usage = Usage.of_worker(server)
+        before = usage.descriptors()
+        with usage.growth() as growth, Attacker(address(server), receive_buffer=4096):
+            assert before < usage.descriptors()
+            cut = publisher.publish(11.0, lambda: usage.descriptors() <= before)
+            assert growth() < 8 * MIB
+        slowest = percentile(audience.taken(), 99)
+        publisher.wait_all()
     everything = list(range(publisher.published))
     assert [everything] * 99 == audience.numbers
-    slowest = [percentile(latencies, 99) for latencies in (baseline, attacked)]
-    assert slowest[1] < slowest[0] + NOISE_SECONDS, slowest
+    assert cut is not None, "it was never cut"
+    assert slowest < baseline + NOISE_SECONDS, (baseline, slowest)

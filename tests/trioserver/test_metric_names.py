@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.trioserver.gateway_process import pool, worker
 from trioserver.gateway import metrics_docs, metrics_page
 from trioserver.gateway.pool_metrics import POOL_FAMILIES, PoolFamily, pool_metrics
+from trioserver.gateway.redis_watch import RedisPing
 from trioserver.gateway.scrape import Scraper
 from trioserver.gateway.usage import Usage
 from trioserver.metrics import FAMILIES, Exporter, Tally
@@ -47,7 +48,9 @@ def a_page() -> str:
         exporter.close()
     nothing = Usage(cpu_seconds=0.0, resident_bytes=0, open_fds=0)
     roles = ("worker-0", "worker-1", "gateway", "supervisor", "redis")
-    more = pool_metrics(pool(worker(0), worker(1)), dict.fromkeys(roles, nothing), redis_up=False)
+    more = pool_metrics(
+        pool(worker(0), worker(1)), dict.fromkeys(roles, nothing), RedisPing(seconds=None)
+    )
     return metrics_page.prometheus_page(scraped, more).decode()
 
 

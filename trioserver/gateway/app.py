@@ -136,11 +136,11 @@ class _Routes:
         self, reply: StatusReply | None, scraped: Scrape, used: Mapping[str, Usage]
     ) -> bytes:
         # Writing the page is the dearest part of a scrape; many at once get the same.
-        made_of = (reply, scraped, used, self._sources.redis())
+        ping = self._sources.redis()
+        made_of = (reply, scraped, used, ping)
         latest = self._latest
         if latest is None or any(map(operator.is_not, latest.made_of, made_of)):
-            redis_up = self._sources.redis().seconds is not None
-            more = pool_metrics(reply, used, redis_up=redis_up)
+            more = pool_metrics(reply, used, ping)
             body = metrics_page.prometheus_page(scraped, more)
             self._latest = latest = _Page(made_of, body)
         return latest.body

@@ -6,6 +6,7 @@ from typing import Final
 import attrs
 from prometheus_client.core import Metric, Sample
 
+from trioserver.gateway.redis_watch import RedisPing
 from trioserver.gateway.usage import Usage
 from trioserver.status import StatusReply, WorkerStatus
 
@@ -37,6 +38,11 @@ class PoolFamily:
 
 POOL_READY: Final = PoolFamily("pool_ready", "gauge", "Whether a client could be served now.")
 REDIS_UP: Final = PoolFamily("redis_up", "gauge", "Whether Redis answered the gateway's last ping.")
+REDIS_PING_SECONDS: Final = PoolFamily(
+    "redis_ping_seconds",
+    "gauge",
+    "How long Redis took to answer the gateway's last ping; 0 if it did not.",
+)
 WORKER_UP: Final = PoolFamily("worker_up", "gauge", "Whether the slot has a process.", "slot")
 WORKER_READY: Final = PoolFamily(
     "worker_ready", "gauge", "Whether the slot's worker could serve a client now.", "slot"
@@ -63,6 +69,7 @@ OPEN_FDS: Final = PoolFamily(
 POOL_FAMILIES: Final = (
     POOL_READY,
     REDIS_UP,
+    REDIS_PING_SECONDS,
     WORKER_UP,
     WORKER_READY,
     WORKER_RESTARTS,
@@ -74,20 +81,21 @@ POOL_FAMILIES: Final = (
 
 
 def pool_metrics(
-    reply: StatusReply | None, used: Mapping[str, Usage], *, redis_up: bool
+    reply: StatusReply | None, used: Mapping[str, Usage], ping: RedisPing
 ) -> list[Metric]:
     """Return all of them with their values.
 
     Args:
         reply: The supervisor's word; None while it has not answered, which is not "up".
         used: What processes use, by role.
-        redis_up: Whether Redis answered the gateway's last ping.
+        ping: How the gateway's last ping of Redis went.
     """
     workers: Iterable[WorkerStatus] = () if reply is None else reply.workers
     slots = {str(worker.slot): worker for worker in workers}
     return [
         POOL_READY.metric({"": reply is not None and reply.ready}),
-        REDIS_UP.metric({"": redis_up}),
+        REDIS_UP.metric({"": ping.seconds is not None}),
+        REDIS_PING_SECONDS.metric({"": ping.seconds or 0.0}),
         WORKER_UP.metric({slot: worker.pid is not None for slot, worker in slots.items()}),
         WORKER_READY.metric({slot: worker.ready for slot, worker in slots.items()}),
         WORKER_RESTARTS.metric({slot: worker.restarts for slot, worker in slots.items()}),

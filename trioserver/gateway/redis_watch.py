@@ -50,9 +50,6 @@ class RedisWatch:
         try:
             seconds = await link.ping(timeout=PING_SECONDS)
         except RedisError as error:
-            # The last good value would look as if all were well.
-            self._tally.redis_ping_seconds = 0.0
             return RedisPing(seconds=None, error=redact(str(error))[:_MAX_ERROR])
-        self._tally.redis_ping_seconds = seconds
         self._tally.redis_latency.observe(seconds)
         return RedisPing(seconds=seconds)
