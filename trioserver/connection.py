@@ -298,6 +298,8 @@ class Connection:
         shared.connections.discard(self)
         shared.tally.connections -= 1
         shared.tally.closed(reason, shared.pump.now - self._opened)
+        if self._session.user is None and reason is not CloseReason.UNAUTHORIZED:
+            shared.tally.auth["missing"] += 1
         shared.log_end(self, reason)
 
     # The pump's half: nothing here awaits.
@@ -520,6 +522,7 @@ class Connection:
             answer = b"".join(replies) if len(replies) > 1 else replies[0]
             if self._outbox.offer(answer):
                 tally.bytes_out += len(answer)
+                tally.message_latency.observe(trio.current_time() - now)
         return verdict
 
     def _perform(self, action: session.Action | None, replies: list[bytes]) -> CloseReason | None:

@@ -6,6 +6,7 @@ awaited, which the subscription does before it looks at the next message: so ord
 loop has its turn every `OFFERS_PER_TURN` outboxes.
 """
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -41,29 +42,41 @@ class Delivery:
         """
         hub = self.hub
         if topic not in hub:
-            # Released and still subscribed for a moment: nobody here wants it.
+            # Released and still subscribed for a moment, or a broadcast: nobody here wants it.
+            self.tally.published["nobody"] += 1
             return None
+        arrived = time.perf_counter()
         try:
             notification = messages.notification_from_raw(data, self.stamp(), self.max_payload)
         except messages.BadPublish as problem:
             self.tally.notifications_malformed += 1
+            self.tally.published["malformed"] += 1
             self.log_malformed(topic, str(problem))
             return None
         frame = frames.encode_text(notification)
         if topic == self.broadcast_topic:
-            return self._fan_out(topic, frame)
+            return self._fan_out(topic, frame, arrived)
         accepted, refused = hub.deliver(topic, frame)
         self._count(accepted, refused, len(frame))
+        self._done(accepted, arrived)
         return None
 
-    async def _fan_out(self, topic: bytes, frame: bytes) -> None:
+    async def _fan_out(self, topic: bytes, frame: bytes, arrived: float) -> None:
         """Offer ``frame`` to a snapshot of ``topic``, in turns."""
         outboxes = self.hub.outboxes(topic)
+        delivered = 0
         for start in range(0, len(outboxes), OFFERS_PER_TURN):
             turn = outboxes[start : start + OFFERS_PER_TURN]
             accepted = sum([outbox.deliver(frame) for outbox in turn])
             self._count(accepted, len(turn) - accepted, len(frame))
+            delivered += accepted
             await trio.lowlevel.checkpoint()
+        self._done(delivered, arrived)
+
+    def _done(self, delivered: int, arrived: float) -> None:
+        self.tally.published["delivered" if delivered else "nobody"] += 1
+        if delivered:
+            self.tally.delivery.observe(time.perf_counter() - arrived)
 
     def _count(self, accepted: int, refused: int, size: int) -> None:
         tally = self.tally

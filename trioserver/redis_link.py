@@ -24,7 +24,7 @@ Replies are as Redis sent them (RESP2): bytes, int, None, and lists of these.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from types import ModuleType
 from typing import Any, Final, TypeAlias
@@ -212,7 +212,8 @@ class _Queue:
 class RedisLink:
     """Commands to one Redis; made by `open_link`."""
 
-    def __init__(self, where: Endpoint, queue: _Queue) -> None:
+    def __init__(self, where: Endpoint, queue: _Queue, observe: Callable[[float], object]) -> None:
+        self._observe = observe
         self._target = where.target
         self._queue = queue
         self._closed = False
@@ -278,6 +279,7 @@ class RedisLink:
             request.problem = f"no answer within {timeout:g} s"
         if request.problem:
             raise RedisUnavailable(f"{request.name}: {request.problem} ({self._target})")
+        self._observe(timeout - (request.deadline - trio.current_time()))
         return request.replies
 
     async def ping(self, *, timeout: float = TIMEOUT_SECONDS) -> float:  # noqa: ASYNC109
@@ -405,7 +407,11 @@ class _Lane:
 
 @asynccontextmanager
 async def open_link(
-    where: Endpoint, *, client_name: str = "trioserver", lanes: int = DEFAULT_LANES
+    where: Endpoint,
+    *,
+    client_name: str = "trioserver",
+    lanes: int = DEFAULT_LANES,
+    observe: Callable[[float], object] = lambda _seconds: None,
 ) -> AsyncIterator[RedisLink]:
     """Open a `RedisLink` for the time of the block; Redis need not be there.
 
@@ -413,6 +419,7 @@ async def open_link(
         where: The Redis.
         client_name: For CLIENT LIST; no spaces.
         lanes: Most connections at a time; each is opened when it is first needed.
+        observe: Called with the seconds that each answered request took.
 
     Cancellation:
         Callers still waiting get `RedisUnavailable`; all connections are closed.
@@ -426,7 +433,7 @@ async def open_link(
         resolve = trio_asyncio.trio_as_aio(trio.socket.getaddrinfo)
         loop.getaddrinfo = resolve
         queue = _Queue(loop)
-        link = RedisLink(where, queue)
+        link = RedisLink(where, queue, observe)
         for _ in range(lanes):
             nursery.start_soon(_run_lane, loop, _Lane(where, client_name, queue))
         try:

@@ -142,9 +142,6 @@ class Tally:
     redis_reconnects: int = 0
     """Times the subscription's connection to Redis was made anew."""
 
-    redis_ping_seconds: float = 0.0
-    """How long Redis took to answer the last ping. Shown nowhere: the gateway asks by itself."""
-
     redis_latency: Buckets = attrs.field(factory=lambda: Buckets(_LATENCY_BOUNDS))
     """Seconds that requests to Redis took, if they were answered."""
 

@@ -168,6 +168,7 @@ class Worker:
             drain_propagation=settings.drain_propagation,
         )
         self._exporter = Exporter(self.tally, state.metrics_dir, identity.name)
+        self._drain_began: float | None = None
 
     async def run(self) -> None:
         """Serve until told to drain, then drain; returns when the last connection is gone."""
@@ -190,6 +191,7 @@ class Worker:
                 await self.pump.wait_empty()
             services.cancel_scope.cancel()
         self.pump.close()
+        self._refresh(trio.current_time())
         self._exporter.close()
         self._log.info("worker ended")
 
@@ -199,6 +201,7 @@ class Worker:
                 self._target,
                 client_name=self._client_name,
                 lanes=self._settings.redis_pool_size,
+                observe=self.tally.redis_latency.observe,
             ) as link,
             trio.open_nursery() as nursery,
         ):
@@ -278,11 +281,13 @@ class Worker:
             age = self._canary.age(now)
             # Before the first has come back, its age is that of the worker.
             tally.canary_age = time.monotonic() - self._started_at if age is None else age
-            tally.redis_ping_seconds = self._canary.round_trip or 0.0
+        if self._drain_began is not None:
+            tally.shutdown_seconds = now - self._drain_began
         self._changed()
 
     async def _drain(self, order: Drain, connections: trio.CancelScope) -> Drain:
         self._draining = True
+        self._drain_began = trio.current_time()
         self.lifeline.changed()
         self._log.info("draining", connections=len(self._listener.connections), quick=order.quick)
         return await drain(order, self.lifeline, self._listener, self._door, connections)

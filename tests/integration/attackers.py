@@ -9,6 +9,7 @@ does not slow down those who are measured meanwhile:
     assert all(outcome.code == 1008 for outcome in attack.outcomes)
 """
 
+import contextlib
 import json
 import select
 import signal
@@ -206,6 +207,8 @@ class Exchange:
 
     answer: bytes
     seconds: float
+    reset: bool
+    """Whether the server has closed in a way that may cost its answer."""
 
     @property
     def status(self) -> int:
@@ -214,23 +217,24 @@ class Exchange:
 
 
 def exchange(where: Address, data: bytes, piece: int | None = None) -> Exchange:
-    """Send ``data`` in segments of ``piece`` bytes until there is an answer; read to the end.
-
-    Raises:
-        ConnectionResetError: The server has closed in a way that may cost the answer.
-    """
+    """Send ``data`` in segments of ``piece`` bytes until there is an answer; read to the end."""
     began = time.monotonic()
     piece = piece or len(data)
+    answer = b""
+    reset = False
     with socket.create_connection(where, timeout=PATIENCE) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for start in range(0, len(data), piece):
-            sock.sendall(data[start : start + piece])
-            if select.select([sock], [], [], 0)[0]:
-                break
-        answer = b""
-        while chunk := sock.recv(1 << 16):
-            answer += chunk
-    return Exchange(answer=answer, seconds=time.monotonic() - began)
+        with contextlib.suppress(ConnectionError):
+            for start in range(0, len(data), piece):
+                sock.sendall(data[start : start + piece])
+                if select.select([sock], [], [], 0)[0]:
+                    break
+        try:
+            while chunk := sock.recv(1 << 16):
+                answer += chunk
+        except ConnectionError:
+            reset = True
+    return Exchange(answer=answer, seconds=time.monotonic() - began, reset=reset)
 
 
 @attrs.define(eq=False)

@@ -105,7 +105,8 @@ def test_a_head_beyond_the_limits_is_refused_on_the_public_port(
     spent = []
     for _ in range(3):
         before = usage.cpu_seconds()
-        assert 431 == exchange(public, data, piece).status
+        refused = exchange(public, data, piece)
+        assert (431, False) == (refused.status, refused.reset)
         spent.append(usage.cpu_seconds() - before)
     assert min(spent) < 0.005, spent
 

@@ -93,7 +93,7 @@ class Gateway:
             fresh_seconds=FRESH_SECONDS,
             timeout_seconds=ASK_SECONDS,
         )
-        self._redis = RedisWatch(self._tally)
+        self._redis = RedisWatch()
         sources = Sources(
             pool=self._pool,
             scrape=self._scrape,
@@ -212,7 +212,12 @@ class Gateway:
             self._log.warning("metric files were set aside", files=files)
 
     async def _watch_redis(self) -> None:
-        async with open_link(self._target, client_name="trioserver-gateway", lanes=1) as link:
+        async with open_link(
+            self._target,
+            client_name="trioserver-gateway",
+            lanes=1,
+            observe=self._tally.redis_latency.observe,
+        ) as link:
             await self._redis.run(link)
 
     async def _sweep_logs(self) -> None:

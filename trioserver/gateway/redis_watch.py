@@ -11,7 +11,6 @@ import trio
 
 from trioserver.errors import RedisError
 from trioserver.log_redaction import redact
-from trioserver.metrics import Tally
 from trioserver.redis_link import RedisLink
 
 PING_SECONDS: Final = 1.0
@@ -34,8 +33,7 @@ class RedisPing:
 class RedisWatch:
     """Pings, and remembers how the last ping went."""
 
-    def __init__(self, tally: Tally) -> None:
-        self._tally = tally
+    def __init__(self) -> None:
         self.latest = RedisPing(seconds=None, error="not asked yet")
         """How the last ping went."""
 
@@ -51,5 +49,4 @@ class RedisWatch:
             seconds = await link.ping(timeout=PING_SECONDS)
         except RedisError as error:
             return RedisPing(seconds=None, error=redact(str(error))[:_MAX_ERROR])
-        self._tally.redis_latency.observe(seconds)
         return RedisPing(seconds=seconds)
