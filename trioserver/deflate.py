@@ -21,7 +21,6 @@ RSV1: Final = 0x40
 """Marks the first frame of a compressed message."""
 
 ACCEPTED: Final = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
-"""The one answer to an offer that is taken."""
 
 MIN_BYTES: Final = 1 << 10
 """Smaller payloads fit into a packet as they are: compressing them saves nothing."""
@@ -33,27 +32,33 @@ _FULL_WINDOW: Final = 15
 _WINDOWS: Final = frozenset(map(str, range(8, _FULL_WINDOW + 1)))
 
 
-def acceptable(offers: str) -> bool:
-    """Return whether one of the extensions offered is permessage-deflate as we can do it.
+def answer(offers: str) -> str | None:
+    """Return the answer to the first offer of permessage-deflate that we can take, or None.
 
     Args:
-        offers: The header ``Sec-WebSocket-Extensions``; what is malformed is not acceptable.
+        offers: The header ``Sec-WebSocket-Extensions``; what is malformed is not taken.
     """
-    return any(_acceptable(offer) for offer in offers.split(","))
+    parts = offers.split(",")
+    if any(part.count('"') % 2 for part in parts):
+        # A comma inside quotes: no parameter we know has one.
+        return None
+    return next(filter(None, map(_answer, parts)), None)
 
 
-def _acceptable(offer: str) -> bool:
-    name, *parameters = [part.strip() for part in offer.split(";")]
+def _answer(offer: str) -> str | None:
+    name, *parameters = [part.strip(" \t") for part in offer.split(";")]
     if name != "permessage-deflate":
-        return False
+        return None
     seen: set[str] = set()
     for parameter in parameters:
         key, equals, value = (part.strip() for part in parameter.partition("="))
         value = value.removeprefix('"').removesuffix('"')
         if key in seen or not _fits(key, value if equals else None):
-            return False
+            return None
         seen.add(key)
-    return True
+    # RFC 7692 7.1.2.1: who asks for a window wants to see it in the answer.
+    window = "; server_max_window_bits=15" if "server_max_window_bits" in seen else ""
+    return ACCEPTED + window
 
 
 def _fits(key: str, value: str | None) -> bool:

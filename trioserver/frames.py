@@ -63,6 +63,10 @@ Event = tuple[int, bytes]
 MAX_FRAGMENTS: Final = 128
 """Frames of one message. ``websockets`` allows 4,096; nobody needs more than 128 for 16 KiB."""
 
+INFLATED_MESSAGES: Final = 8
+"""How many messages of the largest size one read may inflate to. Each is bounded by itself, but
+hundreds of bombs fit into one read."""
+
 _FIN_TEXT: Final = 0x81
 _MASKED: Final = 0x80
 _SHORT_MASKED_END: Final = 0x80 | 126
@@ -88,6 +92,7 @@ class Decoder:
         "_compressed",
         "_count",
         "_inflate",
+        "_inflated",
         "_limit",
         "_max_fragments",
         "_needed",
@@ -110,6 +115,8 @@ class Decoder:
         self._limit = limit
         self._max_fragments = max_fragments
         self._inflate = inflate
+        self._inflated = 0
+        """Bytes that the present read has become."""
         self._compressed = False
         """Whether the message being assembled is compressed."""
         self._tail: bytearray | None = None
@@ -136,6 +143,7 @@ class Decoder:
         events: list[Event] = []
         if self.failure is not None:
             return events
+        self._inflated = 0
         tail = self._tail
         if tail is not None:
             tail += data
@@ -285,6 +293,10 @@ class Decoder:
                 self.failure = inflated
                 return
             payload, checked = inflated, False
+            self._inflated += len(payload)
+            if 0 < self._limit * INFLATED_MESSAGES < self._inflated:
+                self.failure = CloseReason.TOO_BIG
+                return
         if opcode == TEXT and not checked and not _is_utf8(payload):
             self.failure = CloseReason.INVALID_UTF8
         else:

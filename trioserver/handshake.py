@@ -46,6 +46,7 @@ _SINGLETONS: Final = frozenset(
 )
 # What may stand in a head; everything else is a control character.
 _ALLOWED: Final = bytes({0x09, 0x0A, 0x0D, *range(0x20, 0x7F), *range(0x80, 0x100)})
+_REQUEST_LINE: Final = re.compile(rb"(?:\r\n)*[A-Z]+ [^ \r\n]+ HTTP/1\.1\r\n")
 _TARGET: Final = re.compile(rb"/[\x21-\x7e]*")
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
@@ -180,7 +181,7 @@ def parse(head: bytes) -> Request:
         raise
     except httptools.HttpParserError:
         raise Refusal(400, "this is not an HTTP/1.1 request") from None
-    if not head.lstrip(b"\r\n").partition(b"\r\n")[0].endswith(b" HTTP/1.1"):
+    if not _REQUEST_LINE.match(head):
         raise Refusal(400, "HTTP/1.1 is needed")
     headers = collected.headers
     if not headers.get(b"host"):
@@ -219,8 +220,8 @@ class Upgrade:
     subprotocol: str | None
     token: str | None
     """From ``Authorization: Bearer`` or the sub-protocol ``bearer.<jwt>``."""
-    deflate: bool = False
-    """Whether permessage-deflate is agreed on."""
+    extension: str | None = None
+    """Our answer to an offer of permessage-deflate, if it is taken."""
 
     def response(self) -> bytes:
         """Return the whole 101 answer."""
@@ -230,8 +231,8 @@ class Upgrade:
             if self.subprotocol is None
             else b"Sec-WebSocket-Protocol: %b\r\n" % self.subprotocol.encode("ascii")
         )
-        if self.deflate:
-            chosen += b"Sec-WebSocket-Extensions: %b\r\n" % deflate.ACCEPTED.encode("ascii")
+        if self.extension is not None:
+            chosen += b"Sec-WebSocket-Extensions: %b\r\n" % self.extension.encode("ascii")
         return (
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Accept: %b\r\n%b\r\n" % (accept, chosen)
@@ -271,8 +272,8 @@ def upgrade(request: Request, *, may_deflate: bool = False) -> Upgrade:
         raise Refusal(400, "Sec-WebSocket-Key must be 16 bytes in base64")
     subprotocol, token = _subprotocols(request.header(b"sec-websocket-protocol"))
     offers = request.header(b"sec-websocket-extensions") if may_deflate else None
-    agreed = offers is not None and deflate.acceptable(offers)
-    return Upgrade(key, subprotocol, _bearer(request) or token, deflate=agreed)
+    extension = None if offers is None else deflate.answer(offers)
+    return Upgrade(key, subprotocol, _bearer(request) or token, extension)
 
 
 def _lists(headers: dict[bytes, bytes], name: bytes, token: bytes) -> bool:
@@ -289,7 +290,9 @@ def _subprotocols(offered: str | None) -> tuple[str | None, str | None]:
         return None, None
     chosen = token = None
     for part in offered.split(","):
-        name = part.strip()
+        name = part.strip(" \t")
+        if not name:
+            continue  # RFC 9110 5.6.1.2: empty elements do not count
         if not _TOKEN.fullmatch(name):
             raise Refusal(400, "Sec-WebSocket-Protocol is not a list of tokens")
         if name == SUBPROTOCOL:

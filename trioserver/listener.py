@@ -97,7 +97,11 @@ class Listener:
         if self.draining or 0 < self.max_connections <= len(self.connections):
             why = "the server is going away" if self.draining else "the server is full"
             raise Refusal(503, why, (("Retry-After", str(RETRY_AFTER_SECONDS)),))
-        return upgrade, self._authenticate(upgrade.token, request)
+        claims = self._authenticate(upgrade.token, request)
+        if claims is None and upgrade.extension is not None:
+            # Inflating is work, and nobody may ask for it who has not said who he is.
+            upgrade = attrs.evolve(upgrade, extension=None)
+        return upgrade, claims
 
     def _authenticate(self, token: str | None, request: Request) -> Claims | None:
         shared = self.shared
@@ -205,7 +209,9 @@ class Arrival:
             return
         upgrade, claims = listener.judge(request)
         listener.shared.pump.wheel.cancel(self)
-        listener.start(self._sock, upgrade.response(), claims, rest, deflate=upgrade.deflate)
+        listener.start(
+            self._sock, upgrade.response(), claims, rest, deflate=upgrade.extension is not None
+        )
 
     def _refuse(self, refusal: Refusal) -> None:
         self._listener.shared.tally.refused(refusal.status)

@@ -302,8 +302,11 @@ class Linger:
         except OSError:
             data = b""
         self._room -= len(data)
-        if not data or self._room < 0:
+        if not data:
             self._close()
+        elif self._room < 0:
+            # Closing now would be the RST that this is to avoid; let it run into its own window.
+            self._pump.watch(self, 0)
 
     def due(self, now: float) -> None:  # noqa: ARG002 - the moment itself is the message
         """Close: the client had its time."""

@@ -39,6 +39,7 @@ from trioserver.auth import Claims, Verifier
 from trioserver.connection import Connection, Pace, Shared
 from trioserver.deflate import Compressor, inflate
 from trioserver.errors import CloseReason
+from trioserver.handshake import Request, Upgrade, upgrade
 from trioserver.hub import Hub
 from trioserver.listener import Listener
 from trioserver.metrics import Tally
@@ -133,6 +134,10 @@ class EchoListener(Listener):
     """Admits everybody to an `Echo`."""
 
     max_fragments: int
+
+    def judge(self, request: Request) -> tuple[Upgrade, None]:
+        """Admit everybody, with compression if it may be; echoes have no users."""
+        return upgrade(request, may_deflate=self.shared.compressor is not None), None
 
     def connection(
         self, sock: socket.socket, greeting: bytes, claims: Claims | None, *, deflate: bool

@@ -221,8 +221,8 @@ def check_handshake(data: bytes) -> None:
         assert status == json.loads(body)["status"]
         return
     assert body == b""
-    assert (b"permessage-deflate" in answer) is upgrade.deflate
-    assert not upgrade.deflate or b"permessage-deflate" in data
+    assert (b"permessage-deflate" in answer) is (upgrade.extension is not None)
+    assert upgrade.extension is None or b"permessage-deflate" in data
     assert upgrade.subprotocol in {None, handshake.SUBPROTOCOL}
     assert b"bearer" not in answer.lower(), "a token is echoed"
     found = head_faults(data[: handshake.head_end(data)])
@@ -232,7 +232,7 @@ def check_handshake(data: bytes) -> None:
 def outcome_handshake(data: bytes) -> str:
     """Return the status and the reason."""
     status, answer, upgrade = judge(data)
-    agreed = upgrade and (upgrade.subprotocol, upgrade.token is None, upgrade.deflate)
+    agreed = upgrade and (upgrade.subprotocol, upgrade.token is None, upgrade.extension)
     return f"{status} {answer.splitlines()[-1:]} {agreed}"
 
 

@@ -29,6 +29,7 @@ OFFERS = {
     "permessage-deflate; client_max_window_bits=7": False,
     "permessage-deflate; server_no_context_takeover=1": False,
     "permessage-deflate; server_no_context_takeover; server_no_context_takeover": False,
+    'x; y="a, permessage-deflate, b"': False,
     "": False,
     ";;;,,,": False,
 }
@@ -39,7 +40,9 @@ def test_an_offer_is_taken_only_if_one_compression_can_serve_all(
     offers: str, *, agreed: bool
 ) -> None:
     """What would need a window of its own, or is not understood, is declined."""
-    assert agreed == deflate.acceptable(offers)
+    answer = deflate.answer(offers)
+    assert agreed == (answer is not None)
+    assert ("server_max_window_bits=15" in offers) == ("=15" in (answer or ""))
 
 
 @given(st.binary(max_size=5000))
@@ -116,6 +119,16 @@ def test_bad_compression_ends_the_connection(data: bytes, failure: CloseReason) 
     receiving = decoder()
     assert [] == receiving.receive(data)
     assert failure is receiving.failure
+
+
+def test_many_bombs_in_one_read_are_one_too_many() -> None:
+    """Each message is within the limit; what one read may become is bounded all the same."""
+    bomb = masked(frames.TEXT, deflate.deflate(b"x" * 1000), rsv=4)
+    receiving = decoder(1000)
+    assert 8 == len(receiving.receive(bomb * 50))
+    assert CloseReason.TOO_BIG is receiving.failure
+    patient = decoder(1000)
+    assert [1] * 50 == [len(patient.receive(bomb)) for _ in range(50)]
 
 
 def test_without_negotiation_rsv1_is_a_protocol_error() -> None:
