@@ -20,9 +20,9 @@ Address = tuple[str, int]
 PATIENCE: Final = 10.0
 """Seconds that any single wait of a blocking socket may take."""
 
-NOISE_SECONDS: Final = 0.01
-"""What a machine that runs other things beside us may add to the slowest percent: two or three
-time slices of the kernel. A round trip in peace takes 0.05 ms."""
+NOISE_SECONDS: Final = 0.02
+"""What a machine that runs other things beside us may add to the slowest percent: some time
+slices of the kernel. In peace it takes 0.1 ms, beside an attacker 1 to 8."""
 
 
 def address(server: Running, *, admin: bool = False) -> Address:

@@ -28,6 +28,7 @@ class Exchange:
         self._front = Front(app, self.tally)
         self._scope: Scope = {
             "type": "http",
+            "http_version": "1.1",
             "method": "GET",
             "path": path,
             "raw_path": path.encode(),

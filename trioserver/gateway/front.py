@@ -50,7 +50,7 @@ class Front:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        answer = _Answer(send, request_id(scope["headers"]))
+        answer = _Answer(send, request_id(scope["headers"]), scope["http_version"])
         scope.setdefault("state", {})["request_id"] = answer.request_id
         try:
             await self._respond(scope, receive, answer)
@@ -74,8 +74,9 @@ class Front:
 class _Answer:
     """The way back: adds the request id, and remembers the status."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, http_version: str) -> None:
         self._send = send
+        self._http_version = http_version
         self.request_id = request_id
         self.status = 0
         """0 until the response has begun."""
@@ -97,6 +98,9 @@ class _Answer:
         headers = {"Content-Type": health.PROBLEM_JSON, **health.SMALL_HEADERS}
         lines = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         lines.append((b"content-length", str(len(body)).encode()))
+        if self._http_version.startswith("1"):
+            # Whoever sends this gets no second request; HTTP/2 has no such header.
+            lines.append((b"connection", b"close"))
         await self.send({"type": "http.response.start", "status": status, "headers": lines})
         await self.send({"type": "http.response.body", "body": body})
 
