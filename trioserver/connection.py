@@ -69,6 +69,10 @@ CLOSE_SECONDS: Final = 5.0
 SLOW_CLOSE_SECONDS: Final = 1.0
 """The same for a client that was too slow: its farewell queues behind what it does not read."""
 
+LEAVING_BYTES: Final = 64 << 10
+"""What may still come from a client that is leaving, in search of its Close frame: one that
+floods on would otherwise have `CLOSE_SECONDS` of a core."""
+
 JITTER: Final = 0.1
 """Pings and heartbeats come at their interval ± this share, so that they spread out."""
 
@@ -166,6 +170,7 @@ class Connection:
         "_greeting",
         "_heard",
         "_interest",
+        "_leaving_bytes",
         "_message_since",
         "_opened",
         "_outbox",
@@ -225,6 +230,8 @@ class Connection:
         """Whether the client has said its last."""
         self._peer_code = b""
         """The code in the client's Close frame, as on the wire; it is echoed."""
+        self._leaving_bytes = 0
+        """What has come since it is leaving."""
         self._opened = self._heard = now
         self._message_since: float | None = None
         self._pinged = False
@@ -467,7 +474,10 @@ class Connection:
         events = decoder.receive(data)
         if self.reason is not None:
             # Leaving: of all that may still come only the client's Close frame matters.
-            self._peer_done = self._peer_done or decoder.failure is not None
+            self._leaving_bytes += len(data)
+            if decoder.failure is not None or self._leaving_bytes > LEAVING_BYTES:
+                self._peer_done = True
+                self._watch(self._interest & ~READ)
             self._check_settled()
             return
         verdict = self._process(events, now)

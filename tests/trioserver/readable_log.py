@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import attrs
+import structlog
 
 from trioserver import logs
 from trioserver.settings import Settings
@@ -61,6 +62,7 @@ class Log:
 def readable_log(directory: Path) -> Iterator[Log]:
     """Give a log of its own; what it takes over is given back afterwards."""
     handlers, level = logging.root.handlers[:], logging.root.level
+    journal, config = logs._journal, structlog.get_config()
     hooks = sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning
     path = directory / "stderr"
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -70,6 +72,9 @@ def readable_log(directory: Path) -> Iterator[Log]:
         yield log
     finally:
         logs.reopen()
+        # Not left pointing at a descriptor that will soon mean something else.
+        logs._journal = journal
+        structlog.configure(**config)
         os.close(fd)
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level)
