@@ -155,6 +155,10 @@ class Children:
             except (BlockingIOError, ConnectionError):
                 return
 
+    def close_door(self, slot: int) -> None:
+        """Close a slot's listening socket for good. Idempotent."""
+        self._doors[slot].close()
+
     def forget(self, pid: int) -> None:
         """Close the pair of a child that is no more. Idempotent."""
         pair = self._pairs.pop(pid, None)

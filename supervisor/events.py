@@ -153,6 +153,14 @@ class SendDrain:
     seconds: float
     propagation: float
     quick: bool
+    replaced: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class CloseDoor:
+    """Nobody will accept at this slot's socket again: let the kernel use the others, or refuse."""
+
+    slot: int
 
 
 @attrs.frozen(kw_only=True)
@@ -202,7 +210,18 @@ class Exit:
     code: int
 
 
-Action = Spawn | Kill | SendDrain | TakeSnapshot | DropSnapshot | Reply | Announce | Say | Exit
+Action = (
+    Spawn
+    | Kill
+    | SendDrain
+    | CloseDoor
+    | TakeSnapshot
+    | DropSnapshot
+    | Reply
+    | Announce
+    | Say
+    | Exit
+)
 
 
 # --- shared values ------------------------------------------------------------------------------

@@ -190,12 +190,16 @@ class Loop:
 
     # --- what is wanted -------------------------------------------------------------------------
 
-    def _perform(self, action: events.Action) -> events.Event | None:
+    def _perform(  # noqa: C901 - one line per action
+        self, action: events.Action
+    ) -> events.Event | None:
         match action:
             case events.Spawn():
                 return self._spawn(action)
             case events.Kill():
                 self._processes.kill(action.pid, action.signal)
+            case events.CloseDoor(slot=slot):
+                self._children.close_door(slot)
             case events.SendDrain():
                 self._children.send(action.pid, _order(action))
             case events.TakeSnapshot():
@@ -398,7 +402,12 @@ def _translated(pid: int, report: Report) -> events.Event:
 
 
 def _order(action: events.SendDrain) -> Drain:
-    return Drain(seconds=action.seconds, propagation=action.propagation, quick=action.quick)
+    return Drain(
+        seconds=action.seconds,
+        propagation=action.propagation,
+        quick=action.quick,
+        replaced=action.replaced,
+    )
 
 
 def _announce(settings: Settings, identity: Identity, seconds: float) -> None:

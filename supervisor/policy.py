@@ -37,6 +37,7 @@ from supervisor.events import (
     Beat,
     Begin,
     ChildEvent,
+    CloseDoor,
     DrainTimes,
     DropSnapshot,
     Event,
@@ -254,7 +255,11 @@ class Policy:
                 return self._lost(place, life.aborted_for or describe_end(event.code), now, event)
             place.life = None
         left = say("info", "child left", life, how=describe_end(event.code))
-        return [left, *(self._stop.advance(now) if self._stop is not None else [])]
+        if self._stop is None:
+            return [left]
+        # Nobody will accept there again: whoever comes is better refused than left waiting.
+        shut = [CloseDoor(slot=life.slot)] if life.kind is Kind.WORKER else []
+        return [left, *shut, *self._stop.advance(now)]
 
     def _signalled(self, number: signal.Signals, now: float) -> list[Action]:
         match number:

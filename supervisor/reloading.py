@@ -128,7 +128,8 @@ class Reload:
         self.table.dismiss(life)
         kill_at = now + seconds
         life.kill_at = kill_at if life.kill_at is None else min(life.kill_at, kill_at)
-        yield from finish(life, seconds=seconds, propagation=0.0, quick=quick)
+        # Whoever stays shares its socket, so nobody in its queue is lost.
+        yield from finish(life, seconds=seconds, propagation=0.0, quick=quick, replaced=True)
 
     def _reply(self, verdict: Verdict) -> list[Action]:
         return [Reply(request=number, reply=verdict) for number in self.requests]

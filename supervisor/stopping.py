@@ -24,7 +24,9 @@ _TOLD_SHARE: Final = 0.95
 """A child is told this share of the time it has: its own deadline comes before SIGKILL."""
 
 
-def finish(life: Life, *, seconds: float, propagation: float, quick: bool) -> Iterator[Action]:
+def finish(
+    life: Life, *, seconds: float, propagation: float, quick: bool, replaced: bool = False
+) -> Iterator[Action]:
     """Tell one worker or gateway to finish within ``seconds``, unless it hurries already.
 
     When to kill it is not set here. One that has not started serves nobody, and may not listen to
@@ -35,7 +37,11 @@ def finish(life: Life, *, seconds: float, propagation: float, quick: bool) -> It
         return
     life.hurried = quick
     yield SendDrain(
-        pid=life.pid, seconds=seconds * _TOLD_SHARE, propagation=propagation, quick=quick
+        pid=life.pid,
+        seconds=seconds * _TOLD_SHARE,
+        propagation=propagation,
+        quick=quick,
+        replaced=replaced,
     )
     if life.started_at is None:
         yield Kill(pid=life.pid, signal=signal.SIGTERM)

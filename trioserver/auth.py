@@ -100,7 +100,7 @@ class Verifier:
             raise AuthError("the token is from another issuer")
         if self._audience is not None and not self._for_us(claims.aud):
             raise AuthError("the token is for another audience")
-        return Claims(user=_user(claims.sub), expires_at=claims.exp)
+        return Claims(user=check_user(claims.sub), expires_at=claims.exp)
 
     def _for_us(self, audience: str | list[str] | None) -> bool:
         """Whether ours is the audience or, as a whole, one of them (RFC 7519 4.1.3)."""
@@ -148,7 +148,12 @@ def _sane(moment: float) -> float:
     return moment
 
 
-def _user(subject: str) -> str:
+def check_user(subject: str) -> str:
+    """Return the user's id if it may be one.
+
+    Raises:
+        AuthError: It is empty, too long or has characters that nobody sees.
+    """
     # Printable: no control characters, line ends or lone surrogates, so it always encodes.
     if not subject or not subject.isprintable():
         raise AuthError("sub is not a printable string")
@@ -168,7 +173,7 @@ def sign(settings: Settings, user: str, expires_at: float) -> str:
         raise SettingsError(
             "JWT_SECRET_KEY", "tokens can be made only where the secret is known", "gentoken"
         )
-    claims: dict[str, object] = {"sub": _user(user), "exp": int(expires_at)}
+    claims: dict[str, object] = {"sub": check_user(user), "exp": int(expires_at)}
     if settings.jwt_audience is not None:
         claims["aud"] = settings.jwt_audience
     if settings.jwt_issuer is not None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 import attrs
 import click
@@ -238,7 +239,12 @@ def _order(op: Any, seconds: float, flags: dict[str, str | None], config_file: P
 @with_settings("ws_port", "data_dir", "redis_url", "jwt_secret_key")
 @click.option("--user", required=True, metavar="U", help="Who the token is for (claim sub).")
 @click.option(
-    "--ttl", default=DAY_SECONDS, show_default=True, metavar="SECONDS", help="Until it expires."
+    "--ttl",
+    type=click.IntRange(1, 100 * 365 * DAY_SECONDS),
+    default=DAY_SECONDS,
+    show_default=True,
+    metavar="SECONDS",
+    help="Until it expires.",
 )
 def gentoken(config_file: Path | None, user: str, ttl: int, **flags: str | None) -> None:
     """Print a token for a user, made with the server's own secret. For tests and tools."""
@@ -282,6 +288,7 @@ def publish(
 
     PAYLOAD_JSON is any JSON value; - reads it from standard input.
     """
+    from trioserver.auth import check_user  # noqa: PLC0415
     from trioserver.endpoint import endpoint  # noqa: PLC0415
     from trioserver.messages import BadPublish, notification_from_raw, raw_publish  # noqa: PLC0415
     from trioserver.redis_link import publish_once  # noqa: PLC0415
@@ -299,8 +306,14 @@ def publish(
         raise CommandError(f"this is no notification: {problem}") from None
     channel = settings.broadcast_channel
     if user is not None:
+        check_user(user)
         channel = settings.user_channel.replace("{user}", user)
-    where = endpoint(settings, StateDir(settings.data_dir).redis_socket)
+    socket = StateDir(settings.data_dir).redis_socket
+    if settings.embedded_redis and not socket.exists():
+        raise CommandError(
+            f"no trioserver is running with DATA_DIR {settings.data_dir}, and REDIS_URL is not set"
+        )
+    where = endpoint(settings, socket)
     receivers = publish_once(where, (settings.channel_prefix + channel).encode(), data)
     if receivers:
         click.echo(f"published; {receivers} worker{'s' * (receivers > 1)} listening")
@@ -334,6 +347,10 @@ def listen(
         credential = token
     else:
         raise click.UsageError("say either --user U or --token TOKEN")
+    if url is not None and urlsplit(url).scheme not in {"ws", "wss"}:
+        raise click.UsageError("--url begins with ws:// or wss://")
+    if not (credential.isascii() and credential.isprintable()):
+        raise CommandError("that is no token")
     address = url or f"ws://{_local(settings.ws_host)}:{settings.ws_port}/ws"
     trio.run(run, address, credential, _show, _note)
 
@@ -365,6 +382,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (ValueError, OverflowError) as error:
+        # Text that is no Unicode, numbers beyond reason: the caller's, as settings have their own.
+        _note(f"that cannot be: {error}")
+        sys.exit(EXIT_FAILURE)
     except BrokenPipeError:
         # Whoever read our output has gone, as `| head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -73,6 +73,9 @@ LEAVING_BYTES: Final = 64 << 10
 """What may still come from a client that is leaving, in search of its Close frame: one that
 floods on would otherwise have `CLOSE_SECONDS` of a core."""
 
+EXPIRY_GRACE_SECONDS: Final = 25.0
+"""How long a connection outlives its token: time for a client to come back with a new one."""
+
 JITTER: Final = 0.1
 """Pings and heartbeats come at their interval ± this share, so that they spread out."""
 
@@ -166,6 +169,7 @@ class Connection:
         "_controls",
         "_decoder",
         "_event",
+        "_expires_at",
         "_follow_by",
         "_greeting",
         "_heard",
@@ -222,6 +226,8 @@ class Connection:
         self._pending: Pending | None = None
         """What Redis has not confirmed yet."""
         self._follow_by = math.inf
+        self._expires_at = math.inf
+        """When the token and its grace are over, on the pump's clock."""
         self._scope: trio.CancelScope | None = None
         self._event: trio.Event | None = None
         """What the task waits for while it says farewell."""
@@ -387,6 +393,8 @@ class Connection:
         claims = self._claims
         assert claims is not None  # noqa: S101 - for the type checker: it has a user
         self._claims = None
+        expires_in = claims.expires_at - shared.wall()
+        self._expires_at = shared.pump.now + max(0.0, expires_in) + EXPIRY_GRACE_SECONDS
         return messages.encode(
             messages.ConnectionEstablished(
                 connection_id=self.connection_id,
@@ -394,7 +402,7 @@ class Connection:
                 resumed=False,
                 count=self._session.count,
                 heartbeat_seconds=shared.pace.heartbeat_interval,
-                expires_in=max(0, int(claims.expires_at - shared.wall())),
+                expires_in=max(0, int(expires_in)),
                 server_time=shared.stamp(),
                 reason=reason,
             )
@@ -676,6 +684,7 @@ class Connection:
         """Return until when what must have happened, and how the connection ends if not."""
         pace = self._shared.pace
         deadlines = [(self._progress_at + (pace.write_wait or math.inf), CloseReason.TOO_SLOW)]
+        deadlines.append((self._expires_at, CloseReason.UNAUTHORIZED))
         if self._session.user is None:
             patience = pace.auth_timeout or math.inf
             deadlines.append((self._opened + patience, CloseReason.AUTH_TIMEOUT))

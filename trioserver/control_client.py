@@ -22,6 +22,9 @@ from trioserver.status import (
 
 Op = Literal["status", "reload", "stop"]
 
+_REPLY_BYTES: Final = 1 << 20
+"""A status has 100 bytes per worker, and there may be a thousand."""
+
 _STATUS_SECONDS: Final = 2.0
 """The supervisor answers ``status`` between two turns of a loop that never waits."""
 
@@ -46,7 +49,7 @@ def ask(control_socket: Path, op: Op, timeout_seconds: float) -> StatusReply | V
             stream.connect(str(control_socket))
             stream.sendall(encode(Request(op=op)) + b"\n")
             with stream.makefile("rb") as lines:
-                answer = lines.readline(PACKET_BYTES)
+                answer = lines.readline(_REPLY_BYTES)
     except (TimeoutError, BlockingIOError) as error:  # EAGAIN: its queue of callers is full
         raise _silent(op, timeout_seconds) from error
     except OSError as error:
@@ -71,7 +74,7 @@ async def ask_status(control_socket: Path, timeout_seconds: float = _STATUS_SECO
                 await stream.send_all(encode(Request(op="status")) + b"\n")
                 while not answer.endswith(b"\n"):
                     part = await stream.receive_some(PACKET_BYTES)
-                    if not part or len(answer) > PACKET_BYTES:
+                    if not part or len(answer) > _REPLY_BYTES:
                         break
                     answer += part
     except trio.TooSlowError as error:

@@ -95,7 +95,7 @@ class CloseReason(enum.Enum):
     PROTOCOL_ERROR = (1002, False, "protocol error")
     UNSUPPORTED_DATA = (1003, False, "only text messages are understood")
     INVALID_UTF8 = (1007, False, "text is not UTF-8")
-    POLICY = (1008, False, "too many malformed messages")
+    POLICY = (1008, False, "policy violated")
     TOO_BIG = (1009, False, "message too big")
     INTERNAL_ERROR = (1011, True, "internal error")
     OVERLOAD = (1013, True, "overloaded, try later")

@@ -273,7 +273,8 @@ def upgrade(request: Request, *, may_deflate: bool = False) -> Upgrade:
     subprotocol, token = _subprotocols(request.header(b"sec-websocket-protocol"))
     offers = request.header(b"sec-websocket-extensions") if may_deflate else None
     extension = None if offers is None else deflate.answer(offers)
-    return Upgrade(key, subprotocol, _bearer(request) or token, extension)
+    bearer = _bearer(request)
+    return Upgrade(key, subprotocol, token if bearer is None else bearer, extension)
 
 
 def _lists(headers: dict[bytes, bytes], name: bytes, token: bytes) -> bool:

@@ -97,7 +97,8 @@ class Lifeline:
         self._pair = socket.socket(fileno=fd)
         self._report = report
         self._supervisor = _supervisor_pid(fd)
-        self._by_hand = Drain(seconds=drain_seconds, propagation=drain_propagation)
+        # The supervisor replaces who ends by itself: the socket will be served.
+        self._by_hand = Drain(seconds=drain_seconds, propagation=drain_propagation, replaced=True)
         self._order = self._by_hand
         self._drain = trio.Event()
         self._hurry = trio.Event()

@@ -93,6 +93,9 @@ async def _once(
                 text = await connection.get_message()
                 show(text if isinstance(text, str) else repr(text))
                 asked = _asked_pause(text)
+    except BrokenPipeError:
+        # Whoever reads our output has gone; the command line knows what that means.
+        raise
     except trio_websocket.ConnectionClosed as closed:
         code = closed.reason.code if closed.reason else CloseReason.PEER_LOST.code
         if code in _FINAL:
@@ -101,14 +104,23 @@ async def _once(
         return asked
     except trio_websocket.ConnectionRejected as rejected:
         if rejected.status_code in _FINAL_STATUSES:
+            what = "token" if rejected.status_code in {401, 403} else "address"
             raise CommandError(
-                f"{url} refused with HTTP {rejected.status_code}: check the token"
+                f"{url} refused with HTTP {rejected.status_code}: check the {what}"
             ) from None
         note(f"{url} refused with HTTP {rejected.status_code}")
     except (OSError, trio_websocket.HandshakeError) as error:
-        cause = error if error.__cause__ is None else error.__cause__
-        note(f"cannot connect to {url}: {str(cause) or type(cause).__name__}")
+        note(f"cannot connect to {url}: {_root(error)}")
     return None
+
+
+def _root(error: BaseException) -> str:
+    """Return what lies under the wrappings, such as "Connection refused"."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, BaseExceptionGroup):
+        return _root(error.exceptions[0])
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _asked_pause(text: str | bytes) -> float | None:

@@ -12,6 +12,7 @@ Beside WebSocket, the public port answers three small GETs about this worker: ``
 ``/readyz`` and ``/health``. All other HTTP is the gateway's.
 """
 
+import contextlib
 import itertools
 import math
 import socket
@@ -33,6 +34,9 @@ READ_BYTES: Final = 16 << 10
 RETRY_AFTER_SECONDS: Final = 2
 """What a client is told that was refused for want of room."""
 
+_FULL: Final = Refusal(503, "the server is full", (("Retry-After", str(RETRY_AFTER_SECONDS)),))
+"""Only ever asked for its response, never raised: a raised one would collect tracebacks."""
+
 _CHALLENGE: Final = (("WWW-Authenticate", 'Bearer realm="trioserver"'),)
 
 
@@ -44,6 +48,8 @@ class Listener:
         shared: What its connections share.
         worker_id: Begins the ids of its connections.
         max_connections: Admission ends here; 0 means no limit.
+        max_sockets: Of all kinds, those in handshakes and those that linger included; beyond it
+            newcomers are refused, so that descriptors are left for Redis. 0 means no limit.
         handshake_timeout: Seconds for a whole handshake; 0 means no limit.
         query_token: Whether ``?token=`` is looked at.
         pages: Bodies of the small GETs: path to a function giving status, type and body.
@@ -52,11 +58,15 @@ class Listener:
     shared: Shared
     worker_id: str
     max_connections: int
+    max_sockets: int = 0
     handshake_timeout: float
     query_token: bool
     pages: dict[str, Callable[[], tuple[int, str, bytes]]]
     draining: bool = attrs.field(default=False, init=False)
     """Whether WebSocket handshakes are refused with 503."""
+    arrivals: "set[Arrival]" = attrs.field(factory=set, init=False)
+    """Sockets whose handshake is not finished."""
+    _no_arrivals: trio.Event = attrs.field(factory=trio.Event, init=False)
     _nursery: trio.Nursery | None = attrs.field(default=None, init=False)
     _numbers: "itertools.count[int]" = attrs.field(factory=itertools.count, init=False)
 
@@ -70,8 +80,27 @@ class Listener:
         self._nursery = nursery
 
     def admit(self, sock: socket.socket) -> None:
-        """Take charge of an accepted, non-blocking socket."""
-        Arrival(self, sock)
+        """Take charge of an accepted, non-blocking socket; refuse it when descriptors run out."""
+        if 0 < self.max_sockets <= len(self.shared.pump):
+            # No lingering: that would keep the very descriptor that is needed.
+            self.shared.tally.refused(_FULL.status)
+            with contextlib.suppress(OSError):
+                sock.send(_FULL.response())
+            sock.close()
+            return
+        self.arrivals.add(Arrival(self, sock))
+
+    def left(self, arrival: "Arrival") -> None:
+        """Note that a handshake is over, whatever came of it. Idempotent."""
+        self.arrivals.discard(arrival)
+        if not self.arrivals:
+            self._no_arrivals.set()
+
+    async def wait_no_arrivals(self) -> None:
+        """Return when no handshake is under way."""
+        while self.arrivals:
+            self._no_arrivals = trio.Event()
+            await self._no_arrivals.wait()
 
     def answer(self, request: Request) -> bytes:
         """Return the HTTP answer to a request that is no WebSocket handshake.
@@ -208,6 +237,7 @@ class Arrival:
             self._answer(listener.answer(request))
             return
         upgrade, claims = listener.judge(request)
+        listener.left(self)
         listener.shared.pump.wheel.cancel(self)
         listener.start(
             self._sock, upgrade.response(), claims, rest, deflate=upgrade.extension is not None
@@ -220,6 +250,7 @@ class Arrival:
     def _answer(self, response: bytes) -> None:
         """Say it and close. A fresh socket has room for the few hundred bytes of an answer."""
         pump = self._listener.shared.pump
+        self._listener.left(self)
         pump.wheel.cancel(self)
         try:
             self._sock.send(response)
@@ -230,6 +261,7 @@ class Arrival:
 
     def _drop(self) -> None:
         pump = self._listener.shared.pump
+        self._listener.left(self)
         pump.wheel.cancel(self)
         pump.forget(self)
         self._sock.close()

@@ -89,7 +89,8 @@ class Pump:
         self._epoll = select.epoll()
         self._peers: dict[int, Peer] = {}
         self._on_bug = on_bug
-        self._emptied = trio.Event()
+        self._awaited: set[Peer] = set()
+        self._settled = trio.Event()
         self.now = trio.current_time()
         """Trio's clock as of this round, in seconds: one reading serves all its events."""
         self.wheel: Wheel[TimedPeer] = Wheel(self.now)
@@ -97,8 +98,6 @@ class Pump:
     def register(self, peer: Peer, interest: int = READ) -> None:
         """Begin to watch ``peer.fd``."""
         self._epoll.register(peer.fd, interest)
-        if not self._peers:
-            self._emptied = trio.Event()
         self._peers[peer.fd] = peer
 
     def replace(self, peer: Peer) -> None:
@@ -114,8 +113,10 @@ class Pump:
         if self._peers.get(peer.fd) is peer:
             del self._peers[peer.fd]
             self._epoll.unregister(peer.fd)
-            if not self._peers:
-                self._emptied.set()
+            if self._awaited:
+                self._awaited.discard(peer)
+                if not self._awaited:
+                    self._settled.set()
 
     def holds(self, peer: Peer) -> bool:
         """Return whether ``peer`` is who is registered for its descriptor."""
@@ -132,10 +133,15 @@ class Pump:
     def __len__(self) -> int:
         return len(self._peers)
 
-    async def wait_empty(self) -> None:
-        """Return when no socket is registered any more."""
-        if self._peers:
-            await self._emptied.wait()
+    async def wait_settled(self, *staying: Peer) -> None:
+        """Return when every socket that is registered now is gone, except those ``staying``.
+
+        Who comes meanwhile is not waited for.
+        """
+        self._awaited = set(self._peers.values()).difference(staying)
+        self._settled = trio.Event()
+        if self._awaited:
+            await self._settled.wait()
 
     async def run(self) -> NoReturn:
         """Serve all registered sockets until cancelled.

@@ -72,6 +72,8 @@ class Drain(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="dr
     """Seconds to go on accepting first, until load balancers know; 0 = stop accepting at once."""
     quick: bool = False
     """Say goodbye to everybody at once instead of spreading it over ``seconds``."""
+    replaced: bool = False
+    """Somebody else serves the same socket: leave to them who waits in its queue."""
 
 
 Report = Started | Beat

@@ -32,7 +32,7 @@ from trioserver.canary import Canary
 from trioserver.connection import Connection, Pace, Shared
 from trioserver.deflate import Compressor
 from trioserver.delivery import Delivery
-from trioserver.drain import LAST_WORDS_SECONDS, drain
+from trioserver.drain import drain
 from trioserver.endpoint import endpoint
 from trioserver.errors import CloseReason
 from trioserver.hub import Hub
@@ -40,7 +40,7 @@ from trioserver.lifeline import Lifeline
 from trioserver.listener import Listener
 from trioserver.metrics import Exporter, Tally
 from trioserver.outbox import OutboxLimits
-from trioserver.pump import LINGER_SECONDS, Door, Pump
+from trioserver.pump import Door, Pump
 from trioserver.rate_limit import RateLimited
 from trioserver.redis_link import open_link
 from trioserver.settings import Settings
@@ -150,6 +150,7 @@ class Worker:
             shared=shared,
             worker_id=identity.unique,
             max_connections=room(settings, descriptors),
+            max_sockets=int(descriptors * FULL_SHARE),
             handshake_timeout=settings.handshake_timeout,
             query_token=settings.jwt_query_token,
             pages={
@@ -185,10 +186,13 @@ class Worker:
                 self._log.info("worker started", pid=os.getpid())
                 _settle_garbage_collector()
                 order = await self.lifeline.wait_drain()
-                order = await self._drain(order, connections.cancel_scope)
+                over = await self._drain(order, connections.cancel_scope)
             # Goodbyes may still be on their way through sockets that linger.
-            with trio.move_on_after(LAST_WORDS_SECONDS if order.quick else LINGER_SECONDS):
-                await self.pump.wait_empty()
+            with trio.move_on_at(over):
+                await self.pump.wait_settled(self._door)
+            if self._door.open:
+                self._door.empty()
+                self._door.lock()
             services.cancel_scope.cancel()
         self.pump.close()
         self._refresh(trio.current_time())
@@ -285,7 +289,7 @@ class Worker:
             tally.shutdown_seconds = now - self._drain_began
         self._changed()
 
-    async def _drain(self, order: Drain, connections: trio.CancelScope) -> Drain:
+    async def _drain(self, order: Drain, connections: trio.CancelScope) -> float:
         self._draining = True
         self._drain_began = trio.current_time()
         self.lifeline.changed()

@@ -217,7 +217,7 @@ class EchoServer:
                         connection.end(CloseReason.GOING_AWAY)
                     connections.cancel_scope.deadline = trio.current_time() + LAST_WORDS_SECONDS
             with trio.move_on_after(LAST_WORDS_SECONDS):
-                await self.pump.wait_empty()
+                await self.pump.wait_settled()
             machinery.cancel_scope.cancel()
         closes = {label: count for label, count in self.tally.closes.items() if count}
         return Summary(

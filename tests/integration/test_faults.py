@@ -2,6 +2,7 @@
 
 import json
 import os
+import selectors
 import signal
 import socket
 import subprocess
@@ -351,3 +352,67 @@ def test_without_any_redis_the_start_fails_with_advice(tmp_path: Path) -> None:
     )
     assert (4, 1) == (failed.returncode, failed.stderr.count("\n")), failed.stderr
     assert "trioserver[embedded]" in failed.stderr
+
+
+def test_a_burst_during_a_reload_is_served_by_one_generation_or_the_other(server: Running) -> None:
+    """With a hundred handshakes in flight all the time, a reload refuses and resets nobody."""
+    host, _, port = current(server)["address"].rpartition(":")
+    request = Knocking(server)._request
+    outcomes: Counter[str] = Counter()
+    selector = selectors.DefaultSelector()
+    until: float | None = None
+    in_flight = 0
+    with subprocess.Popen([*server.command(), "reload"], env=server.environ) as reload:
+        while until is None or time.monotonic() < until:
+            if until is None and reload.poll() is not None:
+                until = time.monotonic() + 0.5
+            while in_flight < 100:
+                sock = socket.create_connection((host, int(port)), timeout=5)
+                sock.sendall(request)
+                selector.register(sock, selectors.EVENT_READ)
+                in_flight += 1
+            for key, _ in selector.select(0.05):
+                ready = key.fileobj
+                assert isinstance(ready, socket.socket)
+                try:
+                    outcomes[ready.recv(64)[9:12].decode() or "closed in hand"] += 1
+                except OSError as error:
+                    outcomes[type(error).__name__] += 1
+                selector.unregister(ready)
+                ready.close()
+                in_flight -= 1
+    for key in list(selector.get_map().values()):
+        assert isinstance(key.fileobj, socket.socket)
+        key.fileobj.close()
+    selector.close()
+
+    assert 0 == reload.returncode
+    assert {"101"} == set(outcomes), outcomes
+    assert outcomes["101"] > 500
+
+
+def test_who_comes_during_a_drain_is_told_so_at_once(tmp_path: Path) -> None:
+    """While silent clients hold up a stop, newcomers get 503 or are refused, never left to wait."""
+    with running(tmp_path) as server:
+        knocking = Knocking(server)
+        silent = []
+        for _ in range(4):
+            sock = socket.create_connection(knocking._address, timeout=5)
+            sock.sendall(knocking._request)
+            assert b"101" in sock.recv(64)
+            silent.append(sock)
+        server.process.send_signal(signal.SIGTERM)
+        eventually(lambda: knocking._once() != "101", 5, "the first newcomer is refused")
+        began = time.monotonic()
+        outcomes: Counter[str] = Counter()
+        while server.process.poll() is None:
+            at = time.monotonic()
+            outcomes[knocking._once()] += 1
+            assert time.monotonic() - at < 2, outcomes
+            assert time.monotonic() - began < 15
+        for sock in silent:
+            sock.close()
+        assert 0 == server.process.returncode
+        assert "killed" not in server.log
+        assert outcomes["503"] > 10
+        assert {"503", "ConnectionRefusedError", "ConnectionResetError"} >= set(outcomes), outcomes

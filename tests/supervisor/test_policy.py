@@ -12,6 +12,7 @@ from supervisor.events import (
     Asked,
     Beat,
     Begin,
+    CloseDoor,
     DrainTimes,
     DropSnapshot,
     Exit,
@@ -68,6 +69,11 @@ def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> Kill:
 def drain(pid: int, seconds: float, propagation: float = 0.0, *, quick: bool = False) -> SendDrain:
     """Return the order to finish."""
     return SendDrain(pid=pid, seconds=seconds, propagation=propagation, quick=quick)
+
+
+def retire(pid: int, seconds: float, *, quick: bool = False) -> SendDrain:
+    """Return the order to finish beside a successor, or a predecessor, on the same socket."""
+    return SendDrain(pid=pid, seconds=seconds, propagation=0.0, quick=quick, replaced=True)
 
 
 def silence(*pids: int) -> Happening:
@@ -476,9 +482,9 @@ HISTORIES = [
             (20.5, worker(0, 2)),
             (20.5, worker(1, 2)),
             (20.5, gateway(2)),
-            (27.0, drain(W0, 30 * 0.95)),
-            (27.0, drain(W1, 30 * 0.95)),
-            (27.0, drain(GATEWAY, 30 * 0.95)),
+            (27.0, retire(W0, 30 * 0.95)),
+            (27.0, retire(W1, 30 * 0.95)),
+            (27.0, retire(GATEWAY, 30 * 0.95)),
             (27.0, Reply(request=1, reply=Verdict(ok=True, generation=2))),
             (27.0, DropSnapshot(generation=1)),
         ],
@@ -498,9 +504,9 @@ HISTORIES = [
             (20.5, worker(0, 2)),
             (20.5, worker(1, 2)),
             (20.5, gateway(2)),
-            (21.0, drain(W0, 30 * 0.95)),
-            (21.0, drain(W1, 30 * 0.95)),
-            (21.0, drain(GATEWAY, 30 * 0.95)),
+            (21.0, retire(W0, 30 * 0.95)),
+            (21.0, retire(W1, 30 * 0.95)),
+            (21.0, retire(GATEWAY, 30 * 0.95)),
             (21.0, DropSnapshot(generation=1)),
             (51.0, kill(W1)),
         ],
@@ -522,9 +528,9 @@ HISTORIES = [
             (20.5, worker(0, 2)),
             (20.5, worker(1, 2)),
             (20.5, gateway(2)),
-            (21.0, drain(W0, 30 * 0.95)),
-            (21.0, drain(W1, 30 * 0.95)),
-            (21.0, drain(GATEWAY, 30 * 0.95)),
+            (21.0, retire(W0, 30 * 0.95)),
+            (21.0, retire(W1, 30 * 0.95)),
+            (21.0, retire(GATEWAY, 30 * 0.95)),
             (21.0, DropSnapshot(generation=1)),
             (40.0, worker(0, 2)),
         ],
@@ -545,8 +551,8 @@ HISTORIES = [
             (20.5, worker(0, 2)),
             (20.5, worker(1, 2)),
             (20.5, gateway(2)),
-            (22.0, drain(NEW_W0, QUICK, quick=True)),
-            (22.0, drain(NEW_GATEWAY, QUICK, quick=True)),
+            (22.0, retire(NEW_W0, QUICK, quick=True)),
+            (22.0, retire(NEW_GATEWAY, QUICK, quick=True)),
             (22.0, kill(NEW_GATEWAY, signal.SIGTERM)),
             (22.0, DropSnapshot(generation=2)),
             (
@@ -574,9 +580,9 @@ HISTORIES = [
             (20.5, worker(0, 2)),
             (20.5, worker(1, 2)),
             (20.5, gateway(2)),
-            (22.0, drain(NEW_W1, QUICK, quick=True)),
+            (22.0, retire(NEW_W1, QUICK, quick=True)),
             (22.0, kill(NEW_W1, signal.SIGTERM)),
-            (22.0, drain(NEW_GATEWAY, QUICK, quick=True)),
+            (22.0, retire(NEW_GATEWAY, QUICK, quick=True)),
             (22.0, kill(NEW_GATEWAY, signal.SIGTERM)),
             (22.0, DropSnapshot(generation=2)),
         ],
@@ -610,9 +616,9 @@ HISTORIES = [
             (20.5, worker(0, 2)),
             (20.5, worker(1, 2)),
             (20.5, gateway(2)),
-            (80.5, drain(NEW_W0, QUICK, quick=True)),
-            (80.5, drain(NEW_W1, QUICK, quick=True)),
-            (80.5, drain(NEW_GATEWAY, QUICK, quick=True)),
+            (80.5, retire(NEW_W0, QUICK, quick=True)),
+            (80.5, retire(NEW_W1, QUICK, quick=True)),
+            (80.5, retire(NEW_GATEWAY, QUICK, quick=True)),
             (80.5, DropSnapshot(generation=2)),
             (
                 80.5,
@@ -719,10 +725,10 @@ HISTORIES = [
             (20.5, worker(0, 2)),
             (20.5, worker(1, 2)),
             (20.5, gateway(2)),
-            (21.5, drain(NEW_W0, QUICK, quick=True)),
-            (21.5, drain(NEW_W1, QUICK, quick=True)),
+            (21.5, retire(NEW_W0, QUICK, quick=True)),
+            (21.5, retire(NEW_W1, QUICK, quick=True)),
             (21.5, kill(NEW_W1, signal.SIGTERM)),
-            (21.5, drain(NEW_GATEWAY, QUICK, quick=True)),
+            (21.5, retire(NEW_GATEWAY, QUICK, quick=True)),
             (21.5, kill(NEW_GATEWAY, signal.SIGTERM)),
             (21.5, DropSnapshot(generation=2)),
             (21.5, Reply(request=1, reply=Verdict(ok=False, reason="the server is stopping"))),
@@ -767,8 +773,24 @@ def test_history(history: History) -> None:
     pool.begin()
     play(pool, history.steps, history.until)
 
-    assert list(history.done) == pool.did(since=0.001)
+    # Doors have a test of their own below.
+    did = [step for step in pool.did(since=0.001) if not isinstance(step[1], CloseDoor)]
+    assert list(history.done) == did
     assert history.exit_code == pool.exit_code
+
+
+def test_a_door_is_closed_when_its_worker_is_gone_in_a_stop_and_never_before() -> None:
+    """Who knocks where nobody will open is better refused than left waiting."""
+    pool = Pool(redis=False)
+    pool.begin()
+    workers = [action for _, action in pool.did() if isinstance(action, Spawn)]
+    assert {0, 1} <= {spawn.slot for spawn in workers}
+    pool.end(W1, 0)
+    pool.advance(20.0)
+    assert not [action for _, action in pool.did() if isinstance(action, CloseDoor)]
+    pool.tell(SignalCame(signal=signal.SIGTERM))
+    pool.end(W0, 0)
+    assert [0] == [action.slot for _, action in pool.did() if isinstance(action, CloseDoor)]
 
 
 # --- the first start ------------------------------------------------------------------------------
@@ -1188,7 +1210,7 @@ def test_new_drain_times_count_from_the_generation_that_brought_them() -> None:
     pool.tell(snapshot(drain=DrainTimes(seconds=10.0, propagation=1.0)))
     pool.bring_up()
 
-    assert drain(W0, 30 * 0.95) in [action for _, action in pool.did()]
+    assert retire(W0, 30 * 0.95) in [action for _, action in pool.did()]
 
     pool.tell(TERM)
 

@@ -140,9 +140,9 @@ async def test_no_answer_in_time(path: Path) -> None:
 
 
 async def test_an_answer_without_end_is_not_kept(path: Path) -> None:
-    """A status fits into a packet; what is longer makes no sense."""
+    """A status of a thousand workers is taken; what is much longer makes no sense."""
     with (
-        Supervisor(path, *[b"x" * 60_000] * 3, hang_up=False),
+        Supervisor(path, *[b"x" * 60_000] * 20, hang_up=False),
         trio.fail_after(5),
         pytest.raises(CommandError, match="went away before"),
     ):

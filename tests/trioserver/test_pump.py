@@ -248,21 +248,23 @@ async def test_forget_is_idempotent_and_replace_takes_over() -> None:
         assert b"" == old.data
 
 
-async def test_wait_empty_returns_when_the_last_socket_is_gone() -> None:
-    """At once if there is none."""
+async def test_wait_settled_returns_when_those_who_were_there_are_gone() -> None:
+    """At once if there is none; newcomers and those who stay are not waited for."""
     async with running() as bench:
-        await bench.pump.wait_empty()
+        await bench.pump.wait_settled()
         peers = [bench.peer()[1] for _ in range(2)]
+        staying = bench.peer()[1]
         done = trio.Event()
 
         async def wait() -> None:
-            await bench.pump.wait_empty()
+            await bench.pump.wait_settled(staying)
             done.set()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wait)
             for peer in peers:
                 await trio.sleep(0.01)
+                bench.peer()
                 assert not done.is_set()
                 bench.pump.forget(peer)
             await done.wait()
