@@ -163,7 +163,7 @@ FAMILIES: Final = (
     ),
     _buckets(
         "websocket_message_latency_seconds",
-        "From a client's message in the worker to its answer offered to the socket.",
+        "From a client's message in the worker to its answer offered to the socket; one in eight.",
         lambda t: t.message_latency,
     ),
     _counters(

@@ -757,3 +757,19 @@ async def test_a_client_that_never_sends_its_close_is_waited_for_a_bounded_time(
         await until(lambda: not worker.listener.connections)
         assert 4.5 <= trio.current_time() - started <= 8.0
         assert ("going_away", 1001) == await client.farewell()
+
+
+async def test_a_connection_ends_when_its_token_has_long_expired(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After the token's time and its grace the connection ends with 4401, and not before."""
+    # The test's token is good for an hour; half a second of that is left.
+    monkeypatch.setattr(connection_module, "EXPIRY_GRACE_SECONDS", -3599.0)
+    async with running() as worker:
+        client = await worker.dial()
+        began = trio.current_time()
+        await client.send(head(credential=token("ann")))
+        await client.response()
+        assert "unauthorized" == (await client.until("goodbye"))["reason"]
+        assert 0.4 < trio.current_time() - began < 3
+        await client.aclose()
