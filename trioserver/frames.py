@@ -55,8 +55,6 @@ CLOSE: Final = 0x8
 PING: Final = 0x9
 PONG: Final = 0xA
 
-type_names: Final = {TEXT: "text", BINARY: "binary", CLOSE: "close", PING: "ping", PONG: "pong"}
-
 Event = tuple[int, bytes]
 """An opcode and its payload: TEXT (valid UTF-8), BINARY, PING, PONG or CLOSE."""
 
