@@ -5,11 +5,16 @@ only, a public key only its own family, so neither ``none`` nor a public key use
 secret gets anywhere. ``exp`` and ``sub`` are required; PyJWT would let a token without ``exp``
 live for ever.
 
+PyJWT decides what a good token is. Nearly all its time goes into parsing the header anew for every
+token and into looking at base64 character by character, yet a back end puts the same header into
+all its tokens. So the headers of a few accepted tokens are remembered, see `_Signatures`.
+
 One refusal looks like another to the client. The outcome (`AuthError.outcome`) is for logs and
 metrics.
 """
 
-import base64
+import binascii
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from jwt.algorithms import Algorithm
 
 from trioserver.errors import AuthError, SettingsError
 from trioserver.settings import Settings
@@ -30,6 +36,9 @@ MAX_TOKEN: Final = 8 << 10
 
 MAX_USER: Final = 128
 """Bytes of a user id, UTF-8."""
+
+_MAX_HEADERS: Final = 16
+"""Headers remembered per key; a back end has one per algorithm and key id. At most 128 KiB."""
 
 _DISTANT: Final = 1e11
 """Seconds since 1970 beyond which no sane time lies (the year 5138)."""
@@ -66,13 +75,11 @@ class Verifier:
 
     def __init__(self, settings: Settings) -> None:
         self._leeway = settings.jwt_leeway
-        self._algorithms = list(settings.jwt_algorithms)
         self._audience = settings.jwt_audience
         self._issuer = settings.jwt_issuer
-        self._key = _key(settings)
         # The signature and the header are PyJWT's. The claims are ours: their times are checked
         # against the `now` passed in, and a typed decoder costs a tenth of PyJWT's checks.
-        self._signatures = jwt.PyJWS(options={"enforce_minimum_key_length": True})
+        self._signatures = _Signatures(_key(settings), settings.jwt_algorithms)
 
     def verify(self, token: str, now: float) -> Claims:
         """Return the claims of ``token``.
@@ -87,8 +94,7 @@ class Verifier:
         if len(token) > MAX_TOKEN:
             raise AuthError("the token is too long")
         try:
-            payload = self._signatures.decode(token, self._key, algorithms=self._algorithms)
-            claims = _decode_claims(payload)
+            claims = _decode_claims(self._signatures.payload(token))
         except (jwt.PyJWTError, msgspec.MsgspecError, ValueError, RecursionError) as error:
             # ValueError, RecursionError: headers that the json module chokes on.
             raise AuthError(f"{type(error).__name__}: {error}") from None
@@ -108,23 +114,107 @@ class Verifier:
 
 
 PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey | Ed448PublicKey
-Key = str | jwt.PyJWK | PublicKey
+Key = str | PublicKey
+
+
+class _Signatures:
+    """Signatures made with one key: a token in, what was signed out.
+
+    PyJWT judges every header that is new: the algorithm, ``crit``, ``b64`` and all the rest. When
+    a token with a new header has turned out to be good, the header is remembered. From then on a
+    token with the very same header segment needs only its base64 decoded and its signature
+    checked, which is done by PyJWT's own algorithm with the key it has prepared. A token in which
+    anything else is unusual goes to PyJWT all the same, so this is never laxer nor stricter.
+
+    Raises:
+        SettingsError: None of the algorithms fits the key.
+    """
+
+    def __init__(self, key: Key, algorithms: Iterable[str]) -> None:
+        self._jws = jwt.PyJWS(options={"enforce_minimum_key_length": True})
+        self._key = key
+        self._algorithms = self._fitting(algorithms)
+        self._known: dict[bytes, tuple[Algorithm, object]] = {}
+
+    def payload(self, token: str) -> bytes:
+        """Return what was signed.
+
+        Raises:
+            jwt.PyJWTError: The token is malformed or not signed with our key.
+            ValueError: The same.
+            RecursionError: Its header is nested too deeply.
+        """
+        signed, _, tail = token.encode().rpartition(b".")
+        header, _, body = signed.partition(b".")
+        known = self._known.get(header)
+        if known is None:
+            return self._judged(token, header)
+        try:
+            payload, signature = _decoded(body), _decoded(tail)
+        except ValueError:
+            return self._judged(token, header)
+        algorithm, key = known
+        if not algorithm.verify(signed, key, signature):
+            raise jwt.InvalidSignatureError("Signature verification failed")
+        return payload
+
+    def _judged(self, token: str, header: bytes) -> bytes:
+        judged = self._jws.decode_complete(token, self._key, algorithms=list(self._algorithms))
+        if header not in self._known:
+            # Only whoever has the key gets here, so strangers cannot push anything out. A back
+            # end with a new header in each token has them all judged, as if none was remembered.
+            if len(self._known) == _MAX_HEADERS:
+                del self._known[next(iter(self._known))]
+            self._known[header] = self._algorithms[judged["header"]["alg"]]
+        payload: bytes = judged["payload"]
+        return payload
+
+    def _fitting(self, algorithms: Iterable[str]) -> dict[str, tuple[Algorithm, object]]:
+        """Return the algorithms that this key is for, each with the key as it wants it.
+
+        PyJWT would raise a TypeError at a token with an algorithm of another family.
+        """
+        fitting: dict[str, tuple[Algorithm, object]] = {}
+        problem: object = None
+        for name in algorithms:
+            algorithm = self._jws.get_algorithm_by_name(name)
+            try:
+                key = algorithm.prepare_key(self._key)
+            except (jwt.InvalidKeyError, TypeError) as error:
+                problem = error
+                continue
+            problem = algorithm.check_key_length(key)
+            if problem is None:
+                fitting[name] = (algorithm, key)
+        if not fitting:
+            raise SettingsError("JWT_ALGORITHMS", f"none of them fits the key: {problem}")
+        return fitting
+
+
+_STANDARD: Final = bytes.maketrans(b"-_+/=", b"+/...")
+"""From the base64 of URLs to the other one; what is no part of the former becomes invalid."""
+
+
+def _decoded(segment: bytes) -> bytes:
+    """Return the bytes that a canonical base64url segment without padding stands for.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    standard = segment.translate(_STANDARD) + b"=" * (-len(segment) % 4)
+    decoded = binascii.a2b_base64(standard, strict_mode=True)
+    # Several texts are decoded to the same bytes, even strictly: the last bits may be anything.
+    if binascii.b2a_base64(decoded, newline=False) != standard:
+        raise ValueError("not canonical")
+    return decoded
 
 
 def _key(settings: Settings) -> Key:
-    """Return the key in the form that costs least per token: parsed, once."""
-    first, *others = settings.jwt_algorithms
-    if not first.startswith("HS"):
+    if not settings.jwt_algorithms[0].startswith("HS"):
         return _public_key(settings.jwt_public_key_file)
-    secret = settings.jwt_secret_key
-    if secret is None:
+    if settings.jwt_secret_key is None:
         raise SettingsError("JWT_SECRET_KEY", "no key to verify tokens with", "32 random bytes")
-    if others:
-        return secret
-    # A PyJWK is for one algorithm. PyJWT would look at a bare secret again for every token: is
-    # it PEM, is it JSON?
-    encoded = base64.urlsafe_b64encode(secret.encode()).rstrip(b"=").decode()
-    return jwt.PyJWK({"kty": "oct", "k": encoded, "alg": first})
+    return settings.jwt_secret_key
 
 
 def _public_key(path: Path | None) -> PublicKey:

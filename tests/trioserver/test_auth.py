@@ -9,7 +9,7 @@ from pathlib import Path
 import attrs
 import jwt
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa, x25519
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -254,18 +254,55 @@ def test_secrets_verify_their_own_algorithm(algorithm: str, size: int) -> None:
     assert "ann" == Verifier(settings).verify(token, NOW).user
 
 
-def test_a_short_secret_verifies_nothing() -> None:
-    """A secret that can be guessed is refused, whoever signed."""
-    short = attrs.evolve(SETTINGS, jwt_secret_key="short")
-    with pytest.raises((AuthError, SettingsError)):
-        Verifier(short).verify(forged(GOOD, secret="short"), NOW)
+@pytest.mark.parametrize(
+    "secret", ["short", '{"kty":"oct","k":"MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY"}', ""]
+)
+def test_a_secret_that_is_none_is_a_settings_error(secret: str) -> None:
+    """One that can be guessed, or that is a key in some format, is refused before any token."""
+    with pytest.raises(SettingsError, match="JWT_ALGORITHMS"):
+        Verifier(attrs.evolve(SETTINGS, jwt_secret_key=secret))
+
+
+def test_a_secret_verifies_only_what_it_is_long_enough_for() -> None:
+    """The other algorithms of the list are refused."""
+    verifier = Verifier(attrs.evolve(SETTINGS, jwt_algorithms=("HS512", "HS256")))
+    assert "ann" == verifier.verify(forged(GOOD), NOW).user
+    signed = f"{encoded({'alg': 'HS512'})}.{encoded(GOOD)}"
+    signature = hmac.digest(SECRET.encode(), signed.encode(), hashlib.sha512)
+    with pytest.raises(AuthError):
+        verifier.verify(f"{signed}.{encoded(signature)}", NOW)
+
+
+@pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
+def test_algorithms_of_other_families_are_refused_like_any_other(
+    algorithm: str, tmp_path: Path
+) -> None:
+    """A list that is longer than what the key is for makes no token an accident."""
+    families = ("RS256", "PS256", "ES256", "ES384", "EdDSA")
+    verifier = Verifier(attrs.evolve(with_key(tmp_path, algorithm), jwt_algorithms=families))
+    token = jwt.encode(GOOD, private_pem_of(KEYS[algorithm]), algorithm=algorithm)
+    assert "ann" == verifier.verify(token, NOW).user
+    for name in families:
+        with pytest.raises(AuthError) as caught:
+            verifier.verify(forged(GOOD, {"alg": name}), NOW)
+        assert "invalid" == caught.value.outcome
+
+
+def test_a_key_that_no_algorithm_is_for_is_a_settings_error(tmp_path: Path) -> None:
+    """Such a server would refuse everybody."""
+    settings = attrs.evolve(with_key(tmp_path, "EdDSA"), jwt_algorithms=("RS256", "ES256"))
+    with pytest.raises(SettingsError, match="JWT_ALGORITHMS"):
+        Verifier(settings)
 
 
 def test_keys_that_cannot_be_used_are_settings_errors(tmp_path: Path) -> None:
-    """A missing or broken key ends the start, with the name of the setting."""
+    """A missing or broken key, or one that signs nothing, ends the start and names the setting."""
     broken = tmp_path / "broken.pem"
     broken.write_bytes(b"no key")
-    for path in (broken, tmp_path / "absent.pem", tmp_path):
+    other = tmp_path / "other.pem"
+    agreeing = x25519.X25519PrivateKey.generate().public_key()
+    other.write_bytes(agreeing.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    for path in (broken, other, tmp_path / "absent.pem", tmp_path):
         with pytest.raises(SettingsError, match="JWT_PUBLIC_KEY_FILE"):
             Verifier(Settings(jwt_public_key_file=path, jwt_algorithms=("RS256",)))
     with pytest.raises(SettingsError, match="JWT_SECRET_KEY"):
@@ -308,3 +345,94 @@ def test_random_parts_with_a_right_signature_raise_nothing_but_an_auth_error(
     for token in (forged(claims), forged(GOOD, header)):
         with pytest.raises(AuthError):
             Verifier(SETTINGS).verify(token, NOW)
+
+
+def deaf(verifier: Verifier) -> Verifier:
+    """Return it without anybody to ask about headers that it does not know."""
+    verifier._signatures._jws = jwt.PyJWS(algorithms=[])
+    return verifier
+
+
+@pytest.mark.parametrize("algorithms", [("HS256",), ("HS512", "HS256")])
+def test_a_header_is_judged_once(algorithms: tuple[str, ...]) -> None:
+    """Tokens with the header of an accepted one are verified without parsing it again."""
+    settings = Settings(jwt_secret_key=SECRET * 2, jwt_algorithms=algorithms)
+    verifier = Verifier(settings)
+    for name in algorithms:
+        verifier.verify(jwt.encode(GOOD, SECRET * 2, algorithm=name), NOW)
+    deaf(verifier)
+    for name in algorithms:
+        bob = jwt.encode({**GOOD, "sub": "bob"}, SECRET * 2, algorithm=name)
+        assert "bob" == verifier.verify(bob, NOW).user
+    with pytest.raises(AuthError):
+        verifier.verify(forged(GOOD, {"alg": "HS256", "kid": "x"}, SECRET * 2), NOW)
+
+
+@pytest.mark.parametrize("algorithm", KEYS)
+def test_a_header_is_judged_once_with_public_keys(algorithm: str, tmp_path: Path) -> None:
+    """The same for the other families."""
+    pem = private_pem_of(KEYS[algorithm])
+    verifier = Verifier(with_key(tmp_path, algorithm))
+    verifier.verify(jwt.encode(GOOD, pem, algorithm=algorithm), NOW)
+    bob = jwt.encode({**GOOD, "sub": "bob"}, pem, algorithm=algorithm)
+    assert "bob" == deaf(verifier).verify(bob, NOW).user
+
+
+def test_an_unusual_spelling_is_pyjwts_matter() -> None:
+    """Knowing the header, too: bits that mean nothing are refused, padding is not."""
+    verifier = Verifier(SETTINGS)
+    token = forged(GOOD)
+    verifier.verify(token, NOW)
+    # 32 bytes leave two of its bits unused: the letter after it says the same.
+    alike = token[:-1] + chr(ord(token[-1]) + 1)
+    assert base64.urlsafe_b64decode(token[-43:] + "=") == base64.urlsafe_b64decode(
+        alike[-43:] + "="
+    )
+    with pytest.raises(AuthError):
+        verifier.verify(alike, NOW)
+    assert "ann" == verifier.verify(token + "=", NOW).user
+
+
+def test_headers_of_refused_tokens_are_not_remembered() -> None:
+    """Strangers leave nothing behind, so they cannot fill the memory either."""
+    verifier = Verifier(SETTINGS)
+    for number in range(50):
+        with pytest.raises(AuthError):
+            verifier.verify(forged(GOOD, {"alg": "HS256", "kid": str(number)}, "x" * 32), NOW)
+    assert {} == verifier._signatures._known
+
+
+def test_few_headers_are_remembered_and_the_oldest_goes() -> None:
+    """A back end with ever new headers costs no memory, and its tokens stay good."""
+    verifier = Verifier(SETTINGS)
+    for number in range(50):
+        token = forged(GOOD, {"alg": "HS256", "kid": str(number)})
+        assert "ann" == verifier.verify(token, NOW).user
+        assert min(number + 1, 16) == len(verifier._signatures._known)
+        assert "ann" == verifier.verify(token, NOW).user
+    deaf(verifier)
+    for number in range(34, 50):
+        token = forged(GOOD, {"alg": "HS256", "kid": str(number)})
+        assert "ann" == verifier.verify(token, NOW).user
+    with pytest.raises(AuthError):
+        verifier.verify(forged(GOOD, {"alg": "HS256", "kid": "33"}), NOW)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_tokens_are_invalid_after_a_good_one(name: str) -> None:
+    """Knowing the header makes nothing good."""
+    verifier = Verifier(SETTINGS)
+    verifier.verify(forged(GOOD), NOW)
+    with pytest.raises(AuthError) as caught:
+        verifier.verify(BAD[name], NOW)
+    assert "invalid" == caught.value.outcome
+
+
+@pytest.mark.parametrize("when", EXPIRED)
+def test_expired_tokens_are_expired_after_a_good_one(when: str) -> None:
+    """Also with a header that is known."""
+    verifier = Verifier(SETTINGS)
+    verifier.verify(forged(GOOD), NOW)
+    with pytest.raises(AuthError) as caught:
+        verifier.verify(forged({**GOOD, "exp": EXPIRED[when]}), NOW)
+    assert "expired" == caught.value.outcome
