@@ -20,7 +20,8 @@ MASK = "***"
 """Stands for a secret wherever a value is printed."""
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-YEAR_SECONDS = 365 * 24 * 3600
+DAY_SECONDS = 24 * 3600
+YEAR_SECONDS = 365 * DAY_SECONDS
 _UNITS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _FACTORS = {"": 1, "k": KIB, "m": MIB, "g": GIB}
 _WORDS = {"true": True, "1": True, "yes": True, "on": True}
@@ -209,6 +210,14 @@ def _algorithms(text: str) -> tuple[str, ...]:
     return value
 
 
+def _api_keys(text: str) -> tuple[str, ...]:
+    keys = tuple(dict.fromkeys(key.strip() for key in text.split(",")))
+    # What can stand in a header as it is. A colon is kept free for what follows a key some day.
+    if not all(re.fullmatch(r"[!-9;-~]{1,256}", key) for key in keys):
+        raise ValueError("is not a list of keys: visible ASCII without colons, comma between")
+    return keys
+
+
 TEXT = text_like(".+", "is empty")
 ANY_TEXT = text_like(".*", "")
 HOST = Kind(parse=_host)
@@ -220,5 +229,6 @@ MILLISECONDS = duration(bare="ms")
 SIZE = size()
 MODE = choice("debug", "development", "test", "release", "production")
 ALGORITHMS = Kind(parse=_algorithms, show=",".join)
+API_KEYS = Kind(parse=_api_keys, show=",".join)
 REDIS_URL = Kind(parse=_redis_url, show=mask_url)
 USER_CHANNEL = Kind(parse=_user_channel)

@@ -20,7 +20,9 @@ from trioserver.setting_fields import Setting, plain_name, setting
 from trioserver.setting_kinds import (
     ALGORITHMS,
     ANY_TEXT,
+    API_KEYS,
     BOOLEAN,
+    DAY_SECONDS,
     DURATION,
     HOST,
     KIB,
@@ -67,7 +69,9 @@ LISTENING = "Listening"
 PROCESSES = "Processes and files"
 REDIS = "Redis"
 CHANNELS = "Channels"
+NOTIFICATIONS = "Notifications"
 TOKENS = "Tokens"
+API = "API"
 CONNECTIONS = "Connections"
 LIMITS = "Limits"
 DRAINING = "Draining"
@@ -184,6 +188,47 @@ class Settings:
     broadcast_channel: str = setting(
         CHANNELS, TEXT, "channels:broadcast", "Channel whose messages reach every connection."
     )
+    notification_ttl: float = setting(
+        NOTIFICATIONS,
+        duration(low=1, high=30 * DAY_SECONDS),
+        7.0 * DAY_SECONDS,
+        "How long a notification is kept for devices that are away, unless it says otherwise "
+        "itself. What nobody has fetched by then expires, and is announced as a gap.",
+    )
+    inbox_max_length: int = setting(
+        NOTIFICATIONS,
+        count(low=1, high=100_000),
+        1000,
+        "Notifications kept per user, and as many for everyone. One more pushes out the oldest, "
+        "which is announced as a gap.",
+    )
+    events_max_length: int = setting(
+        NOTIFICATIONS,
+        count(low=1),
+        10_000,
+        "Events (accepted, received, read ...) kept in each of the 64 event streams, roughly; "
+        "older ones go, whether a back end has read them or not.",
+    )
+    idempotency_ttl: float = setting(
+        NOTIFICATIONS,
+        duration(low=1, high=30 * DAY_SECONDS),
+        300.0,
+        "How long an idempotency key is remembered.",
+    )
+    ack_wait: float = setting(
+        NOTIFICATIONS,
+        duration(high=DAY_SECONDS),
+        30.0,
+        "A client that promised to acknowledge and has not for this long gets the notification "
+        "again. 0 leaves that to its next connect.",
+    )
+    max_redeliveries: int = setting(
+        NOTIFICATIONS,
+        count(high=1000),
+        5,
+        "How often ACK_WAIT sends a notification again; after that it waits for the next "
+        "connect. 0 is never.",
+    )
     jwt_secret_key: str | None = setting(
         TOKENS,
         TEXT,
@@ -233,6 +278,15 @@ class Settings:
         BOOLEAN,
         True,
         "Whether a token may come in the query of the URL, where proxies may log it.",
+    )
+    api_keys: tuple[str, ...] | None = setting(
+        API,
+        API_KEYS,
+        None,
+        "Keys with which back ends may use the API of the internal port, separated by commas. "
+        "Without them a random one is made and kept in DATA_DIR.",
+        example="$(uuidgen)",
+        secret=True,
     )
     ws_deflate: bool = setting(
         CONNECTIONS,

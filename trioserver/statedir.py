@@ -126,7 +126,7 @@ class StateDir:
         known = self.read_secret(name)
         if known is not None:
             return known
-        path = self._secret_path(name)
+        path = self.secret_path(name)
         draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
         try:
             _write_durably(draft, f"{secrets.token_urlsafe(_SECRET_BYTES)}\n")
@@ -148,7 +148,7 @@ class StateDir:
             SettingsError: It is there and cannot be read, or is empty: an empty key would
                 verify anybody's signature.
         """
-        path = self._secret_path(name)
+        path = self.secret_path(name)
         try:
             text = path.read_text("utf-8").strip()
         except FileNotFoundError:
@@ -159,7 +159,8 @@ class StateDir:
             raise SettingsError("DATA_DIR", f"{path} is empty", f"rm {path}")
         return text
 
-    def _secret_path(self, name: str) -> Path:
+    def secret_path(self, name: str) -> Path:
+        """Return where the secret of that name is kept."""
         if _SECRET_NAME.fullmatch(name) is None:
             raise ValueError(f"not a secret's name: {name!r}")
         return self.path / f"{name}.secret"

@@ -79,6 +79,20 @@ class TestValues:
 
         assert (("HS256", "HS512"), "warning") == (settings.jwt_algorithms, settings.log_level)
 
+    def test_api_keys(self) -> None:
+        """Keys are separated by commas; space around them and repetitions do not count."""
+        assert ("first-key", "2nd+/=") == environment(
+            API_KEYS="first-key, 2nd+/= ,first-key"
+        ).settings.api_keys
+
+    @pytest.mark.parametrize("text", ["s3cret,", ",", "s3cret a", "s3cret:x", "s3crét", "s" * 257])
+    def test_bad_api_keys(self, text: str) -> None:
+        """Keys that could not be sent, or mean something else some day, are refused unprinted."""
+        line = refusal(environ={"API_KEYS": text})
+
+        assert line.startswith("API_KEYS (environment): the value is not a list of keys: ")
+        assert "s3c" not in line
+
     def test_paths_are_absolute(self, directory: Path) -> None:
         """Relative paths start at the working directory, also for processes elsewhere."""
         settings = environment(LOG_DIR="logs", DATA_DIR="../state").settings
@@ -113,6 +127,9 @@ class TestValues:
             ("JWT_LEEWAY", "2h", '"2h" is not from 0 to 1h'),
             ("OUTBOX_MAX_BYTES", "1.5MiB", '"1.5MiB" is not a size in bytes'),
             ("OUTBOX_MAX_BYTES", "2GiB", '"2GiB" is not from 0 to 1GiB'),
+            ("NOTIFICATION_TTL", "0", '"0" is not from 1s to 30d'),
+            ("NOTIFICATION_TTL", "31d", '"31d" is not from 1s to 30d'),
+            ("INBOX_MAX_LENGTH", "0", '"0" is not a whole number from 1 to 100000'),
             ("JWT_QUERY_TOKEN", "maybe", '"maybe" is not true or false'),
             ("LOG_LEVEL", "loud", '"loud" is not one of debug, info, warning, error, critical'),
             ("LOGGER_ENCODING", "xml", '"xml" is not one of auto, json, console'),

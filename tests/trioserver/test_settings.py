@@ -54,6 +54,15 @@ class TestDefaults:
             settings.drain_seconds,
             settings.drain_propagation,
         )
+        assert (604800.0, 1000, 10000, 300.0, 30.0, 5, None) == (
+            settings.notification_ttl,
+            settings.inbox_max_length,
+            settings.events_max_length,
+            settings.idempotency_ttl,
+            settings.ack_wait,
+            settings.max_redeliveries,
+            settings.api_keys,
+        )
         assert module.usable_cpus() == settings.workers >= 1
 
 
@@ -114,6 +123,7 @@ BY_TYPE: dict[object, st.SearchStrategy[object]] = {
     Path: PATHS,
     Path | None: st.none() | PATHS,
     tuple[str, ...]: st.lists(TEXTS).map(tuple),
+    tuple[str, ...] | None: st.none() | st.lists(TEXTS).map(tuple),
 }
 ANY_SETTINGS = st.builds(
     Settings, **{field.name: BY_TYPE[field.type] for field in attrs.fields(Settings)}
