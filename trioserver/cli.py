@@ -9,32 +9,32 @@ WebSocket client.
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 from urllib.parse import urlsplit
 
-import attrs
 import click
 
-from trioserver import __version__
+from trioserver import __version__, cli_publish
+from trioserver.cli_options import (
+    as_arguments,
+    load_settings,
+    note,
+    with_secrets,
+    with_settings,
+)
 from trioserver.errors import CommandError, RedisError, SettingsError, TrioserverError
 from trioserver.settings import Settings
-from trioserver.settings_load import Loaded, flag_options, load
 from trioserver.statedir import StateDir
 
 EXIT_FAILURE: Final = 1
 EXIT_CONFIGURATION: Final = 4
 
-JWT_SECRET: Final = "jwt"  # noqa: S105 - the name of the file
-"""The generated secret in the state directory."""
-
 RELOAD_SECONDS: Final = 120.0
 STOP_MARGIN_SECONDS: Final = 10.0
 
 DAY_SECONDS: Final = 86400
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 _EPILOG: Final = """\
 Try it: `trioserver supervise`, and in other terminals `trioserver listen --user 42` and
@@ -50,68 +50,9 @@ Try it: `trioserver supervise`, and in other terminals `trioserver listen --user
 def cli() -> None:
     """Bring notifications to users over WebSocket, now.
 
-    A back end publishes through Redis; every connected device of the user gets the notification
-    within milliseconds.
+    A back end publishes through Redis; every device of the user gets the notification, within
+    milliseconds if it is connected, else when it comes back.
     """
-
-
-def with_settings(*shown: str) -> Callable[[Command], Command]:
-    """Give a command an option for every setting, and ``--config``.
-
-    Args:
-        shown: The settings that ``--help`` lists; without any, all of them. The others work too,
-            so that one set of options serves every command.
-    """
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(flag_options()):
-            command = click.option(
-                *option.names,
-                option.setting,
-                help=option.help,
-                metavar="VALUE",
-                default=None,
-                hidden=bool(shown) and option.setting not in shown,
-            )(command)
-        return click.option(
-            "--config",
-            "config_file",
-            type=click.Path(path_type=Path),
-            help="TOML file with settings. Default: ./trioserver.toml, if it exists.",
-            metavar="FILE",
-        )(command)
-
-    return decorate
-
-
-def _load(flags: dict[str, str | None], config_file: Path | None) -> Loaded:
-    loaded = load(flags, os.environ, config_file)
-    for warning in loaded.warnings:
-        _note(f"warning: {warning}")
-    return loaded
-
-
-def _note(text: str) -> None:
-    click.echo(f"trioserver: {text}", err=True)
-
-
-def _with_secret(settings: Settings, *, create: bool) -> Settings:
-    """Return the settings with the generated JWT secret, if none was configured."""
-    if settings.jwt_secret_key is not None or not settings.jwt_algorithms[0].startswith("HS"):
-        return settings
-    state = StateDir(settings.data_dir)
-    known = state.read_secret(JWT_SECRET)
-    if known is None and create:
-        state.create()
-        known = state.secret(JWT_SECRET)
-        _note(f"JWT_SECRET_KEY is not set: a random one is kept in {state.path}")
-    if known is None:
-        raise SettingsError(
-            "JWT_SECRET_KEY",
-            f"is not set, and no server has made one in {state.path}",
-            "JWT_SECRET_KEY=$(openssl rand -hex 32)",
-        )
-    return attrs.evolve(settings, jwt_secret_key=known)
 
 
 @cli.command()
@@ -123,18 +64,9 @@ def supervise(config_file: Path | None, **flags: str | None) -> None:
     """
     from supervisor.loop import supervise as run  # noqa: PLC0415
 
-    loaded = _load(flags, config_file)
-    settings = _with_secret(loaded.settings, create=True)
-    sys.exit(run(settings, flags=_as_arguments(flags, config_file), snapshot=settings.snapshot()))
-
-
-def _as_arguments(flags: dict[str, str | None], config_file: Path | None) -> list[str]:
-    """Return the flags as they can be given to ``trioserver config`` again."""
-    names = {option.setting: option.names[0] for option in flag_options()}
-    arguments = [f"{names[name]}={value}" for name, value in flags.items() if value is not None]
-    if config_file is not None:
-        arguments.append(f"--config={config_file}")
-    return arguments
+    loaded = load_settings(flags, config_file)
+    settings = with_secrets(loaded.settings, create=True)
+    sys.exit(run(settings, flags=as_arguments(flags, config_file), snapshot=settings.snapshot()))
 
 
 @cli.command()
@@ -155,10 +87,10 @@ def config(
     """Print the settings in force and where each value comes from. Secrets are masked."""
     from trioserver import config_report  # noqa: PLC0415
 
-    loaded = _load(flags, config_file)
+    loaded = load_settings(flags, config_file)
     if snapshot:
         # What a reload hands to its children: secrets included, for a pipe and not for eyes.
-        settings = _with_secret(loaded.settings, create=True)
+        settings = with_secrets(loaded.settings, create=True)
         sys.stdout.buffer.write(settings.snapshot())
     elif name is not None:
         click.echo(config_report.get(loaded, name))
@@ -176,7 +108,7 @@ def status(config_file: Path | None, *, as_json: bool, **flags: str | None) -> N
     from trioserver.control_client import ask  # noqa: PLC0415
     from trioserver.status import StatusReply, encode  # noqa: PLC0415
 
-    settings = _load(flags, config_file).settings
+    settings = load_settings(flags, config_file).settings
     reply = ask(StateDir(settings.data_dir).control_socket, "status", 5.0)
     if not isinstance(reply, StatusReply):
         raise CommandError(reply.reason)
@@ -219,7 +151,7 @@ def reload(config_file: Path | None, **flags: str | None) -> None:
 @with_settings("ws_port", "data_dir")
 def stop(config_file: Path | None, **flags: str | None) -> None:
     """Drain and end the running server; returns when it is gone."""
-    settings = _load(flags, config_file).settings
+    settings = load_settings(flags, config_file).settings
     _order("stop", settings.drain_seconds + STOP_MARGIN_SECONDS, flags, config_file)
 
 
@@ -227,7 +159,7 @@ def _order(op: Any, seconds: float, flags: dict[str, str | None], config_file: P
     from trioserver.control_client import ask  # noqa: PLC0415
     from trioserver.status import Verdict  # noqa: PLC0415
 
-    settings = _load(flags, config_file).settings
+    settings = load_settings(flags, config_file).settings
     reply = ask(StateDir(settings.data_dir).control_socket, op, seconds)
     if not isinstance(reply, Verdict) or not reply.ok:
         raise CommandError(f"{op} failed: {getattr(reply, 'reason', 'no verdict')}")
@@ -250,7 +182,7 @@ def gentoken(config_file: Path | None, user: str, ttl: int, **flags: str | None)
     """Print a token for a user, made with the server's own secret. For tests and tools."""
     from trioserver.auth import sign  # noqa: PLC0415
 
-    settings = _with_secret(_load(flags, config_file).settings, create=False)
+    settings = with_secrets(load_settings(flags, config_file).settings, create=False)
     click.echo(sign(settings, user, time.time() + ttl))
 
 
@@ -261,7 +193,7 @@ def checktoken(config_file: Path | None, token: str, **flags: str | None) -> Non
     """Say whether the server would accept TOKEN (- reads it from standard input)."""
     from trioserver.auth import Verifier  # noqa: PLC0415
 
-    settings = _with_secret(_load(flags, config_file).settings, create=False)
+    settings = with_secrets(load_settings(flags, config_file).settings, create=False)
     if token == "-":  # noqa: S105 - means standard input
         token = sys.stdin.readline().strip()
     now = time.time()
@@ -269,56 +201,8 @@ def checktoken(config_file: Path | None, token: str, **flags: str | None) -> Non
     click.echo(f"good: user {claims.user}, expires in {claims.expires_at - now:.0f} s")
 
 
-@cli.command()
-@with_settings("ws_port", "data_dir", "redis_url", "jwt_secret_key")
-@click.option("--user", metavar="U", help="To every device of this user.")
-@click.option("--all", "everyone", is_flag=True, help="To every connection.")
-@click.option("--type", "kind", default="notification", show_default=True, metavar="TYPE")
-@click.argument("payload", metavar="PAYLOAD_JSON")
-def publish(
-    config_file: Path | None,
-    user: str | None,
-    kind: str,
-    payload: str,
-    *,
-    everyone: bool,
-    **flags: str | None,
-) -> None:
-    """Publish a notification: PAYLOAD_JSON reaches whoever is connected now.
-
-    PAYLOAD_JSON is any JSON value; - reads it from standard input.
-    """
-    from trioserver.auth import check_user  # noqa: PLC0415
-    from trioserver.endpoint import endpoint  # noqa: PLC0415
-    from trioserver.messages import BadPublish, notification_from_raw, raw_publish  # noqa: PLC0415
-    from trioserver.redis_link import publish_once  # noqa: PLC0415
-
-    if (user is None) == (not everyone):
-        raise click.UsageError("say either --user U or --all")
-    settings = _load(flags, config_file).settings
-    if payload == "-":
-        payload = sys.stdin.read()
-    try:
-        data = raw_publish(kind, payload.encode())
-        # What the workers would drop is better refused here, where somebody reads it.
-        notification_from_raw(data, "", settings.notification_max_size)
-    except BadPublish as problem:
-        raise CommandError(f"this is no notification: {problem}") from None
-    channel = settings.broadcast_channel
-    if user is not None:
-        check_user(user)
-        channel = settings.user_channel.replace("{user}", user)
-    socket = StateDir(settings.data_dir).redis_socket
-    if settings.embedded_redis and not socket.exists():
-        raise CommandError(
-            f"no trioserver is running with DATA_DIR {settings.data_dir}, and REDIS_URL is not set"
-        )
-    where = endpoint(settings, socket)
-    receivers = publish_once(where, (settings.channel_prefix + channel).encode(), data)
-    if receivers:
-        click.echo(f"published; {receivers} worker{'s' * (receivers > 1)} listening")
-    else:
-        click.echo("published; nobody is connected to receive it")
+for _command in cli_publish.COMMANDS:
+    cli.add_command(_command)
 
 
 @cli.command()
@@ -326,33 +210,55 @@ def publish(
 @click.option("--user", metavar="U", help="Whose notifications; makes a token for this user.")
 @click.option("--token", metavar="TOKEN", help="Use this token instead of making one.")
 @click.option("--url", metavar="URL", help="Default: this machine's server.")
+@click.option("--device", metavar="NAME", help="Be this device: go on where it was last time.")
+@click.option("--position", metavar="P", help="Go on from this position instead.")
+@click.option("--ack", is_flag=True, help="Acknowledge what is shown.")
 def listen(
     config_file: Path | None,
     user: str | None,
     token: str | None,
     url: str | None,
+    *,
+    device: str | None,
+    position: str | None,
+    ack: bool,
     **flags: str | None,
 ) -> None:
-    """Connect as a user and print what arrives; reconnects by itself. Ctrl-C ends it."""
+    """Connect as a user and print what arrives; reconnects by itself. Ctrl-C ends it.
+
+    What was published while it was away comes first. Without --device all connections without a
+    name count as one device: what one of them has received is not kept for the others.
+    """
     import trio  # noqa: PLC0415
 
-    from trioserver.auth import sign  # noqa: PLC0415
+    from trioserver.listen import Listening  # noqa: PLC0415
     from trioserver.listen import listen as run  # noqa: PLC0415
 
-    settings = _load(flags, config_file).settings
-    if user is not None and token is None:
-        settings = _with_secret(settings, create=False)
-        credential = sign(settings, user, time.time() + DAY_SECONDS)
-    elif token is not None and user is None:
-        credential = token
-    else:
-        raise click.UsageError("say either --user U or --token TOKEN")
+    settings = load_settings(flags, config_file).settings
     if url is not None and urlsplit(url).scheme not in {"ws", "wss"}:
         raise click.UsageError("--url begins with ws:// or wss://")
-    if not (credential.isascii() and credential.isprintable()):
+    listening = Listening(
+        url=url or f"ws://{_local(settings.ws_host)}:{settings.ws_port}/ws",
+        token=_credential(settings, user, token),
+        device=device or "",
+        position=position or "",
+        ack=ack,
+    )
+    trio.run(run, listening, _show, note)
+
+
+def _credential(settings: Settings, user: str | None, token: str | None) -> str:
+    """Return the token to connect with: the one that was given, or one made for ``user``."""
+    from trioserver.auth import sign  # noqa: PLC0415
+
+    if user is not None and token is None:
+        settings = with_secrets(settings, create=False)
+        return sign(settings, user, time.time() + DAY_SECONDS)
+    if token is None or user is not None:
+        raise click.UsageError("say either --user U or --token TOKEN")
+    if not (token.isascii() and token.isprintable()):
         raise CommandError("that is no token")
-    address = url or f"ws://{_local(settings.ws_host)}:{settings.ws_port}/ws"
-    trio.run(run, address, credential, _show, _note)
+    return token
 
 
 def _show(text: str) -> None:
@@ -375,16 +281,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except SettingsError as error:
-        _note(str(error))
+        note(str(error))
         sys.exit(EXIT_CONFIGURATION)
     except (TrioserverError, RedisError) as error:
-        _note(str(error))
+        note(str(error))
         sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OverflowError) as error:
         # Text that is no Unicode, numbers beyond reason: the caller's, as settings have their own.
-        _note(f"that cannot be: {error}")
+        note(f"that cannot be: {error}")
         sys.exit(EXIT_FAILURE)
     except BrokenPipeError:
         # Whoever read our output has gone, as `| head` does.

@@ -1,8 +1,9 @@
 """``trioserver listen``: a client for the terminal; shows what a user would get.
 
 It comes back by itself: at once after a first loss, then with full jitter up to `PAUSE_CAP`
-seconds, or when the server's goodbye asks for. A close code that says "do not come back
-unchanged" (a refused token, say) ends it.
+seconds, or when the server's goodbye asks for. It goes on from the last position that it saw, so
+what was published meanwhile arrives, once. A close code that says "do not come back unchanged" (a
+refused token, say) ends it.
 
 The WebSocket is trio-websocket's: an independent implementation on the other end.
 """
@@ -11,7 +12,9 @@ import random
 import ssl
 from collections.abc import Callable
 from typing import Final
+from urllib.parse import urlencode
 
+import attrs
 import msgspec
 import trio
 import trio_websocket
@@ -34,13 +37,58 @@ _FINAL: Final = {
 _FINAL_STATUSES: Final = frozenset({400, 401, 403, 404, 405, 426, 431})
 
 
-class _Goodbye(msgspec.Struct, tag="goodbye"):
+class _Seen(msgspec.Struct, gc=False):
+    """What matters here of a message; everything else is only shown."""
+
+    type: str = ""
+    id: str = ""
+    position: str = ""
     reconnect_in_ms: int = 0
 
 
+@attrs.define(eq=False, kw_only=True)
+class Listening:
+    """What is asked for, and how far we are; lives through all connections."""
+
+    url: str
+    """Of the server, such as ``ws://127.0.0.1:8081/ws``."""
+    token: str
+    """Sent as a header, so that it is in no log of addresses."""
+    device: str = ""
+    """The name under which the server remembers what has arrived; empty for none."""
+    position: str = ""
+    """From where to go on; empty leaves it to the server."""
+    ack: bool = False
+    """Acknowledge each notification that was shown; those that were not come again."""
+
+    def address(self) -> str:
+        """Return the URL to connect to now."""
+        asked = {"device": self.device, "position": self.position, "ack": "1" if self.ack else ""}
+        query = urlencode({name: value for name, value in asked.items() if value})
+        return f"{self.url}{'&' if '?' in self.url else '?'}{query}" if query else self.url
+
+    def shown(self, text: str | bytes) -> tuple[bytes, float | None]:
+        """Take note of a message that was shown.
+
+        Returns:
+            What to answer, which may be nothing; and the seconds after which to come back, if the
+            message is a goodbye.
+        """
+        try:
+            seen = msgspec.json.decode(text, type=_Seen)
+        except (msgspec.MsgspecError, RecursionError, UnicodeError):
+            return b"", None
+        if seen.type == "goodbye":
+            return b"", seen.reconnect_in_ms / 1000
+        self.position = seen.position or self.position
+        # Only a notification has both; nobody acknowledges an update.
+        if not (self.ack and seen.id and seen.position) or seen.type == "update":
+            return b"", None
+        return msgspec.json.encode({"type": "ack", "id": seen.id}), None
+
+
 async def listen(
-    url: str,
-    token: str,
+    listening: Listening,
     show: Callable[[str], None],
     note: Callable[[str], None],
     tls: ssl.SSLContext | None = None,
@@ -48,8 +96,7 @@ async def listen(
     """Show every message until cancelled.
 
     Args:
-        url: Of the server, such as ``ws://127.0.0.1:8081/ws``.
-        token: Sent as a header, so that it is in no log of addresses.
+        listening: Where, as whom, and from where on.
         show: Called with each message as it came.
         note: Called with what a person should know: connected, lost, coming back.
         tls: For ``wss``; the default trusts the system's authorities.
@@ -60,7 +107,7 @@ async def listen(
     attempts = 0
     while True:
         began = trio.current_time()
-        pause = await _once(url, token, show, note, tls)
+        pause = await _once(listening, show, note, tls)
         if trio.current_time() - began > STABLE_SECONDS:
             attempts = 0
         if pause is None:
@@ -71,19 +118,19 @@ async def listen(
 
 
 async def _once(
-    url: str,
-    token: str,
+    listening: Listening,
     show: Callable[[str], None],
     note: Callable[[str], None],
     tls: ssl.SSLContext | None,
 ) -> float | None:
     """Live through one connection; return the pause the server asked for, if it did."""
+    url = listening.url
     asked: float | None = None
     try:
         async with trio_websocket.open_websocket_url(
-            url,
+            listening.address(),
             tls,
-            extra_headers=[(b"Authorization", b"Bearer " + token.encode())],
+            extra_headers=[(b"Authorization", b"Bearer " + listening.token.encode())],
             connect_timeout=CONNECT_SECONDS,
             disconnect_timeout=1,
             message_queue_size=256,
@@ -92,7 +139,9 @@ async def _once(
             while True:
                 text = await connection.get_message()
                 show(text if isinstance(text, str) else repr(text))
-                asked = _asked_pause(text)
+                answer, asked = listening.shown(text)
+                if answer:
+                    await connection.send_message(answer.decode())
     except BrokenPipeError:
         # Whoever reads our output has gone; the command line knows what that means.
         raise
@@ -121,13 +170,3 @@ def _root(error: BaseException) -> str:
     if isinstance(error, BaseExceptionGroup):
         return _root(error.exceptions[0])
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def _asked_pause(text: str | bytes) -> float | None:
-    """Return the seconds that a goodbye asks for; None for every other message."""
-    if '"goodbye"' not in str(text):
-        return None
-    try:
-        return msgspec.json.decode(text, type=_Goodbye).reconnect_in_ms / 1000
-    except msgspec.MsgspecError:
-        return None

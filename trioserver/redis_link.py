@@ -26,12 +26,10 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
-from types import ModuleType
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import attrs
 import redis.asyncio.connection as redis_asyncio
-import redis.connection as redis_sync
 import redis.exceptions
 import trio
 import trio_asyncio
@@ -39,18 +37,16 @@ import trio_asyncio
 from trioserver.endpoint import Endpoint
 from trioserver.errors import RedisRefused, RedisUnavailable
 from trioserver.logs import get_logger
+from trioserver.redis_direct import CONNECT_SECONDS, Reply, describe, make_connection
 from trioserver.resp import Argument, pack
 
-Reply: TypeAlias = bytes | int | list["Reply"] | None
+__all__ = ["RedisLink", "Reply", "open_link"]
 
 DEFAULT_LANES: Final = 10
 """As many connections as REDIS_POOL_SIZE allows by default; they are opened when needed."""
 
 TIMEOUT_SECONDS: Final = 1.0
 """For one command: a Redis that needs longer is as good as away."""
-
-CONNECT_SECONDS: Final = 1.0
-"""For the connection, TLS and AUTH together, once the address is known."""
 
 RESOLVE_SECONDS: Final = 6.0
 """For the address of a host name: where the first name server is dead, answers come after 5 s."""
@@ -66,32 +62,6 @@ BATCH_BYTES: Final = 1 << 20
 """A batch is closed when it has reached one of these: its last reply is not too far away."""
 
 _log = get_logger()
-
-
-def _connection(module: ModuleType, where: Endpoint, **options: Any) -> Any:
-    """Make a connection to ``where``, not connected yet.
-
-    Args:
-        module: `redis.connection` or its asyncio twin: the classes have the same names.
-        where: The Redis.
-        options: Further arguments of the class.
-    """
-    options |= {"db": where.db, "username": where.username, "password": where.password}
-    # Said explicitly, so that replies do not change their form with the version of redis-py.
-    options["protocol"] = 2
-    if where.path is not None:
-        return module.UnixDomainSocketConnection(path=where.path, **options)
-    options |= {"host": where.host, "port": where.port}
-    if where.tls is None:
-        return module.Connection(**options)
-    return module.SSLConnection(
-        ssl_cert_reqs="required" if where.tls.verify else "none",
-        ssl_check_hostname=where.tls.check_hostname,
-        ssl_ca_certs=where.tls.ca_file,
-        ssl_certfile=where.tls.cert_file,
-        ssl_keyfile=where.tls.key_file,
-        **options,
-    )
 
 
 # Requests and the queue between Trio and asyncio. Both run in one thread, turn by turn, so plain
@@ -315,7 +285,7 @@ class _Lane:
     """One connection and the asyncio task that owns it: nobody else ever touches it."""
 
     def __init__(self, where: Endpoint, client_name: str, queue: _Queue) -> None:
-        self._connection: redis_asyncio.AbstractConnection = _connection(
+        self._connection: redis_asyncio.AbstractConnection = make_connection(
             redis_asyncio,
             where,
             socket_connect_timeout=None,  # a limit for all of it: see `_connect`
@@ -355,7 +325,7 @@ class _Lane:
         except TimeoutError:
             problem = "no answer in time"
         except (redis.exceptions.RedisError, OSError) as error:
-            problem = self._where.masked(_describe(error))
+            problem = self._where.masked(describe(error))
         except Exception:  # noqa: BLE001 - a bug must not end the worker, and must not go unseen
             _log.exception("redis: a bug of ours broke a connection")
             problem = "internal error"
@@ -400,7 +370,7 @@ class _Lane:
                 try:
                     reply = await connection.read_response()
                 except redis.exceptions.ResponseError as error:
-                    reply = RedisRefused(self._where.masked(_describe(error)))
+                    reply = RedisRefused(self._where.masked(describe(error)))
                 request.replies.append(reply)
             request.answer()
 
@@ -447,40 +417,6 @@ async def open_link(
         raise failure
 
 
-def publish_once(
-    where: Endpoint, channel: str | bytes, payload: str | bytes, *, timeout: float = 5.0
-) -> int:
-    """Publish one message without any event loop, for commands of the CLI; blocks.
-
-    Args:
-        where: The Redis.
-        channel: Where to.
-        payload: What.
-        timeout: Seconds for the connection, and again for the reply.
-
-    Returns:
-        How many subscribers Redis handed it to. That is no receipt.
-
-    Raises:
-        RedisUnavailable: Redis was not reached or did not answer; the text names it.
-        RedisRefused: Redis answered with an error.
-    """
-    connection = _connection(
-        redis_sync, where, socket_timeout=timeout, socket_connect_timeout=timeout
-    )
-    try:
-        connection.connect()
-        connection.send_command("PUBLISH", channel, payload)
-        return int(connection.read_response())
-    except redis.exceptions.ResponseError as error:
-        raise RedisRefused(where.masked(_describe(error))) from None
-    except (redis.exceptions.RedisError, OSError) as error:
-        problem = where.masked(_describe(error))
-        raise RedisUnavailable(f"Redis at {where.target} did not answer: {problem}") from None
-    finally:
-        connection.disconnect()
-
-
 async def _run_lane(loop: trio_asyncio.TrioEventLoop, lane: _Lane) -> None:
     await loop.run_aio_coroutine(lane.run())
 
@@ -491,10 +427,3 @@ def _asyncio_problem(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
         problem=context.get("message", ""),
         error=repr(context.get("exception")),
     )
-
-
-def _describe(error: BaseException) -> str:
-    """Return Redis's own error, with the code that redis-py cuts off; else what happened."""
-    code = getattr(error, "status_code", None) or getattr(error.__cause__, "status_code", None)
-    text = str(error) or type(error).__name__
-    return f"{code} {text}" if code else text

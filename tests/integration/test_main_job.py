@@ -13,6 +13,9 @@ from tests.integration.clients import client, nothing_more, receive, token, url
 from tests.redis_server import RedisServer
 from tests.running import SECRET, Running, eventually, running
 
+EPHEMERAL = {"type", "payload", "timestamp"}
+"""Fields of a notification of which nothing is kept."""
+
 
 def test_a_notification_reaches_every_device_of_its_user_and_nobody_else(server: Running) -> None:
     """Both devices of the user get what was published; another user gets nothing."""
@@ -27,9 +30,16 @@ def test_a_notification_reaches_every_device_of_its_user_and_nobody_else(server:
         for device in (phone, laptop):
             message = receive(device)
             assert ("order", {"n": 1}) == (message["type"], message["payload"])
-            assert {"type", "payload", "timestamp"} == set(message)
+            assert {*EPHEMERAL, "id", "seq", "position", "attempt", "unread"} == set(message)
+            assert message["id"] in published.stdout
             assert nothing_more(device)
         assert nothing_more(b)
+
+        published = server.run("publish", "--user", "ann", "--ephemeral", "2")
+
+        assert (0, "") == (published.returncode, published.stderr)
+        for device in (phone, laptop):
+            assert EPHEMERAL == set(receive(device))
 
 
 def test_a_broadcast_reaches_connections_on_all_workers(server: Running) -> None:

@@ -2,7 +2,6 @@
 
 import random
 import socket
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,13 +9,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.redis_server import RedisServer, free_port, make_certificates, supports_tls, wait_until
+from tests.redis_server import RedisServer, make_certificates, supports_tls, wait_until
 from tests.toxic import Toxic
 from tests.trioserver.slow_names import SlowResolver
 from trioserver import redis_link
 from trioserver.endpoint import Endpoint, Tls
 from trioserver.errors import RedisRefused, RedisUnavailable
-from trioserver.redis_link import RedisLink, open_link, publish_once
+from trioserver.redis_link import RedisLink, open_link
 from trioserver.resp import pack
 
 LIMIT = 30.0
@@ -522,7 +521,7 @@ async def test_password_and_database(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not supports_tls(), reason="this Redis was built without TLS")
 async def test_tls(tmp_path: Path) -> None:
-    """Certificates are checked, for the awaited and for the blocking client."""
+    """Certificates are checked."""
     make_certificates(tmp_path)
     with RedisServer(tmp_path / "redis", certificates=tmp_path) as redis:
         trusting = Endpoint(
@@ -530,14 +529,11 @@ async def test_tls(tmp_path: Path) -> None:
         )
         async with open_link(trusting) as link:
             assert await link.execute("PING") == b"PONG"
-        assert publish_once(trusting, "a", "x") == 0
 
         doubting = Endpoint(host="127.0.0.1", port=redis.port, tls=Tls())
         async with open_link(doubting) as link:
             with pytest.raises(RedisUnavailable, match=r"(?i)certificate"):
                 await link.execute("PING")
-        with pytest.raises(RedisUnavailable, match=r"(?i)certificate"):
-            publish_once(doubting, "a", "x")
 
         careless = Endpoint(host="127.0.0.1", port=redis.port, tls=Tls(verify=False))
         async with open_link(careless) as link:
@@ -561,27 +557,3 @@ async def test_nobody_answers() -> None:
 
 async def _forever(_stream: trio.SocketStream) -> None:
     await trio.sleep_forever()
-
-
-def test_publish_once(redis: RedisServer) -> None:
-    """One message, no loop; the number of receivers comes back."""
-    assert publish_once(unix(redis), "user_noti:ann", b'{"payload":1}') == 0
-    assert publish_once(Endpoint(host="127.0.0.1", port=redis.port), b"a", "x") == 0
-
-
-def test_publish_once_says_what_is_wrong(redis: RedisServer) -> None:
-    """The message names the Redis; a refusal is told apart."""
-    redis.command("ACL", "SETUSER", "poor", "on", ">pw", "+@all", "resetchannels")
-    poor = Endpoint(path=str(redis.path), username="poor", password="pw")
-    with pytest.raises(RedisRefused, match="NOPERM"):
-        publish_once(poor, "a", "x")
-
-    nobody = Endpoint(host="127.0.0.1", port=free_port())
-    with pytest.raises(RedisUnavailable, match=rf"^Redis at {nobody.target} did not answer: "):
-        publish_once(nobody, "a", "x")
-
-    redis.pause()
-    started = time.monotonic()
-    with pytest.raises(RedisUnavailable):
-        publish_once(unix(redis), "a", "x", timeout=0.2)
-    assert time.monotonic() - started < 1

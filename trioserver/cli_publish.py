@@ -1,0 +1,266 @@
+"""The commands of a back end at the terminal: publish, cancel, why, trace, script.
+
+Each opens a `Publisher` for one call. That and what comes with it is imported when it is needed:
+``trioserver --help`` should not pay for a Redis client.
+"""
+
+import datetime as dt
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import attrs
+import click
+import msgspec
+
+from trioserver.cli_options import load_settings, where_is_redis, with_settings, written_as
+from trioserver.errors import CommandError
+from trioserver.ledger import SCRIPTS, Accepted
+from trioserver.life_words import standing_text, trace_text
+from trioserver.messages import rfc3339
+from trioserver.setting_kinds import DURATION, Kind, duration
+
+if TYPE_CHECKING:
+    from trioserver.publisher import Options, Publisher, Result
+
+EXIT_FAILURE: Final = 1
+
+_shown_settings = with_settings("ws_port", "data_dir", "redis_url")
+
+
+def _moment(text: str) -> float:
+    """Return seconds since 1970 for ``+5m`` or a date and time with a time zone."""
+    if text.startswith("+"):
+        return time.time() + DURATION.parse(text[1:])
+    try:
+        moment = dt.datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError("is not a moment, such as +5m or 2026-11-20T18:00:00Z") from None
+    if moment.tzinfo is None:
+        raise ValueError("has no time zone: end it with Z or +01:00")
+    return moment.timestamp()
+
+
+_duration: Final = written_as(duration(low=0.001))
+_deliver_at: Final = written_as(Kind(parse=_moment))
+
+
+def _publisher(flags: dict[str, str | None], config_file: Path | None) -> "Publisher":
+    from trioserver.publisher import Publisher  # noqa: PLC0415
+
+    settings = load_settings(flags, config_file).settings
+    return Publisher(where_is_redis(settings), settings=settings)
+
+
+@click.command()
+@_shown_settings
+@click.option("--user", "users", multiple=True, metavar="U", help="To this user; may be repeated.")
+@click.option("--all", "everyone", is_flag=True, help="To every user, those who are away too.")
+@click.option("--type", "kind", default="notification", show_default=True, metavar="TYPE")
+@click.option(
+    "--ttl", callback=_duration, metavar="TIME", help="Keep it so long: 90s, 1h, 7d (the default)."
+)
+@click.option("--ephemeral", is_flag=True, help="For who is connected now; nothing is kept.")
+@click.option("--idempotency-key", metavar="KEY", help="Publish once, however often this runs.")
+@click.option(
+    "--collapse-key", metavar="KEY", help="Replace the one before with this key, if nobody has it."
+)
+@click.option(
+    "--deliver-at",
+    callback=_deliver_at,
+    metavar="MOMENT",
+    help="Later: +5m or 2026-11-20T18:00:00Z.",
+)
+@click.option(
+    "--fallback-after",
+    callback=_duration,
+    metavar="TIME",
+    help='Write an event "undelivered" if no device has it by then.',
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object per user.")
+@click.argument("payload", metavar="PAYLOAD_JSON")
+def publish(  # noqa: PLR0913 - its options
+    config_file: Path | None,
+    users: tuple[str, ...],
+    payload: str,
+    *,
+    kind: str,
+    ttl: float | None,
+    idempotency_key: str | None,
+    collapse_key: str | None,
+    deliver_at: float | None,
+    fallback_after: float | None,
+    everyone: bool,
+    ephemeral: bool,
+    as_json: bool,
+    **flags: str | None,
+) -> None:
+    """Publish a notification.
+
+    Every device of the user gets it: now if it is connected, else when it comes back. The answer
+    comes when Redis has it. PAYLOAD_JSON is any JSON value; - reads it from standard input.
+
+    \b
+      trioserver publish --user 42 '{"order": 1017}' --type order.shipped
+      trioserver publish --all '"Back in ten minutes"' --ephemeral
+      trioserver publish --user 42 --user 43 '"Good morning"' --deliver-at +8h --ttl 1h
+    """  # noqa: D301 - to click this means: leave the next lines as they are
+    if bool(users) == everyone:
+        raise click.UsageError("say either --user U or --all")
+    if ephemeral and ttl is not None:
+        raise click.UsageError("say either --ttl or --ephemeral")
+    options: Options = {
+        "type": kind,
+        "ttl": 0 if ephemeral else ttl,
+        "idempotency_key": idempotency_key,
+        "collapse_key": collapse_key,
+        "deliver_at": deliver_at,
+        "fallback_after": fallback_after,
+    }
+    # A surrogate stands for bytes that are no text; they are refused as such.
+    data = payload.encode(errors="surrogateescape") if payload != "-" else sys.stdin.buffer.read()
+    with _publisher(flags, config_file) as publisher:
+        _publish(publisher, data, users, options, as_json=as_json)
+
+
+def _publish(
+    publisher: "Publisher",
+    data: bytes,
+    users: Sequence[str],
+    options: "Options",
+    *,
+    as_json: bool,
+) -> None:
+    """Publish and print; exits with a failure if somebody was refused."""
+    from trioserver.publisher import PublishInterrupted, PublishRefused  # noqa: PLC0415
+
+    interrupted: PublishInterrupted | None = None
+    results: Sequence[Result]
+    try:
+        if len(users) > 1:
+            results = publisher.publish(data, users=users, **options)
+        elif users:
+            results = [publisher.publish(data, user=users[0], **options)]
+        else:
+            results = [publisher.publish(data, everyone=True, **options)]
+    except PublishRefused as refusal:
+        raise CommandError(f"this cannot be published: {refusal}") from None
+    except PublishInterrupted as problem:
+        interrupted, results = problem, problem.results
+    whom: Sequence[str | None] = users or [None]
+    for user, result in zip(whom, results, strict=True):
+        if as_json:
+            click.echo(msgspec.json.encode(_fields(user, result)))
+        else:
+            name = f"user {user}: " if len(users) > 1 else ""
+            text = f"{name}{_line(result, options.get('deliver_at'))}"
+            click.echo(text, err=not isinstance(result, Accepted))
+    if interrupted is not None:
+        raise interrupted
+    if not all(isinstance(result, Accepted) for result in results):
+        sys.exit(EXIT_FAILURE)
+
+
+def _line(result: "Result", due: object) -> str:
+    from trioserver.publisher import Ephemeral  # noqa: PLC0415
+
+    if isinstance(result, Exception):
+        return f"not published: {result}"
+    if isinstance(result, Ephemeral):
+        if not result.receivers:
+            return "published; nobody is connected to receive it"
+        return f"published; {result.receivers} worker{'s' * (result.receivers > 1)} listening"
+    if not result.position:
+        when = f", due {rfc3339(round(due * 1000))}" if isinstance(due, float) else ""
+        return f"{result.outcome}: {result.id}{when}"
+    return f"{result.outcome}: {result.id}, seq {result.seq}, position {result.position}"
+
+
+def _fields(user: str | None, result: "Result") -> dict[str, object]:
+    whom = {"all": True} if user is None else {"user": user}
+    if isinstance(result, Exception):
+        return {**whom, "outcome": "refused", "error": str(result)}
+    return {**whom, **msgspec.structs.asdict(result)}
+
+
+@click.command()
+@_shown_settings
+@click.argument("notification", metavar="ID")
+def cancel(config_file: Path | None, notification: str, **flags: str | None) -> None:
+    """Withdraw a notification: who has not got it never will, who shows it is told.
+
+    ID is what publish printed. Exits 1 if it is too late (it has been read or has expired) or if
+    there is none.
+    """
+    with _publisher(flags, config_file) as publisher:
+        outcome = publisher.cancel(notification)
+    click.echo(outcome)
+    sys.exit(0 if outcome == "cancelled" else EXIT_FAILURE)
+
+
+@click.command()
+@_shown_settings
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@click.argument("user", metavar="USER")
+def why(config_file: Path | None, user: str, *, as_json: bool, **flags: str | None) -> None:
+    """Say how a user stands: devices, how far each is, what is outstanding.
+
+    For "why did they not get it?". The numbers of a device are seqs: everything up to there was
+    sent to it, has arrived there, was acknowledged by it. trioserver trace ID tells more about one
+    notification.
+    """
+    with _publisher(flags, config_file) as publisher:
+        standing = publisher.why(user)
+    if as_json:
+        click.echo(msgspec.json.encode(attrs.asdict(standing)))
+    elif standing.known:
+        click.echo(standing_text(standing))
+    if not standing.known:
+        raise CommandError(
+            f"nothing is known of user {user}: in the last 45 days nothing was published, and "
+            "no device came"
+        )
+
+
+@click.command()
+@_shown_settings
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@click.argument("notification", metavar="ID")
+def trace(
+    config_file: Path | None, notification: str, *, as_json: bool, **flags: str | None
+) -> None:
+    """Tell the life of a notification: when it was sent, received, acked, read, or why not.
+
+    ID is what publish printed. What is known of a notification is kept until a day after it has
+    expired.
+    """
+    with _publisher(flags, config_file) as publisher:
+        found = publisher.notification(notification)
+    if found is None:
+        raise CommandError(
+            f"nothing is known of {notification}: it was not accepted, or has expired more than "
+            "a day ago"
+        )
+    click.echo(msgspec.json.encode(attrs.asdict(found)) if as_json else trace_text(found))
+
+
+@click.command()
+@click.option("--sha", is_flag=True, help="Print the SHA1 by which EVALSHA knows it.")
+@click.argument("name", metavar="NAME", type=click.Choice(sorted(SCRIPTS)))
+def script(name: str, *, sha: bool) -> None:
+    """Print a Lua script of the ledger, to publish from any language that can call Redis.
+
+    NAME is publish, cancel or one of the others. docs/publishing.md says how to call it.
+
+    \b
+      redis-cli -x SCRIPT LOAD < <(trioserver script publish)
+    """  # noqa: D301 - as above
+    if sha:
+        click.echo(SCRIPTS[name].sha)
+    else:
+        click.echo(SCRIPTS[name].text, nl=False)  # one byte more, and the SHA1 is another
+
+
+COMMANDS: Final = (publish, cancel, why, trace, script)

@@ -1,0 +1,246 @@
+"""What a publisher asks Redis, step by step, and what the answers mean; no I/O.
+
+Each question is a generator of steps (see `trioserver.publisher.attempts`), performed by a front.
+The id of a notification is made before the first attempt, so an attempt whose outcome is unknown
+may be repeated: Redis answers to an id that it has with what it said the first time.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, TypeAlias, cast
+
+import attrs
+import msgspec
+
+from trioserver import endpoint as endpoints
+from trioserver import ledger, life
+from trioserver.endpoint import Endpoint
+from trioserver.errors import RedisError, RedisRefused, RedisUnavailable
+from trioserver.ledger import Accepted, Command, Rules
+from trioserver.life import Standing, Trace
+from trioserver.publisher.attempts import PAUSES, Steps, exchange
+from trioserver.publisher.request import (
+    Draft,
+    IdempotencyConflict,
+    Options,
+    PublishRefused,
+    checked_user,
+    draft,
+)
+from trioserver.redis_direct import Reply
+from trioserver.setting_kinds import quoted
+from trioserver.settings import Settings
+
+BATCH_COMMANDS: Final = 200
+BATCH_BYTES: Final = 1 << 20
+"""Notifications to many users go in batches of at most so much; some 20 ms of Redis each."""
+
+
+class Ephemeral(Accepted, frozen=True, gc=False):
+    """A notification that was handed to whoever listened; it has no id and no position."""
+
+    receivers: int
+    """Processes of the server that were listening on the channel. That is no receipt."""
+
+
+class PublishInterrupted(RedisUnavailable):
+    """Redis went away while notifications to many users were being published."""
+
+    def __init__(self, problem: RedisError, results: "Sequence[Result]") -> None:
+        good = sum(isinstance(result, Accepted) for result in results)
+        super().__init__(f"{good} of {len(results)} users are served, then: {problem}")
+        self.results = results
+        """One per user, in order: `Accepted`, `PublishRefused`, `RedisRefused` (not published) or
+        `RedisUnavailable` (unknown)."""
+
+
+Result: TypeAlias = Accepted | PublishRefused | RedisError
+"""Of one user among many."""
+
+
+@attrs.frozen(kw_only=True)
+class Asking:
+    """Makes the questions."""
+
+    settings: Settings
+    servers_own: bool
+    """Whether the settings are the server's and not just defaults."""
+    seconds: float
+    """For one question, repetitions included."""
+    clock: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
+
+    @classmethod
+    def of(cls, settings: Settings | None, seconds: float) -> "Asking":
+        """Return what asks with these settings or, without any, with the defaults."""
+        # No state is kept here, and the default place of it would want a home directory.
+        chosen = Settings(data_dir=Path("/")) if settings is None else settings
+        return cls(settings=chosen, servers_own=settings is not None, seconds=seconds)
+
+    def endpoint(self, where: str | Endpoint) -> Endpoint:
+        """Return where Redis is.
+
+        Raises:
+            SettingsError: That is no REDIS_URL.
+        """
+        if isinstance(where, Endpoint):
+            return where
+        return endpoints.endpoint(attrs.evolve(self.settings, redis_url=where), None)
+
+    def publish(
+        self,
+        payload: object,
+        user: str | None,
+        users: Iterable[str] | None,
+        options: Options,
+        *,
+        everyone: bool,
+    ) -> Steps[Accepted | list[Result]]:
+        """Publish to one, to many, or to everyone."""
+        if (user is not None) + (users is not None) + bool(everyone) != 1:
+            raise PublishRefused("say one of user, users and everyone=True")
+        if isinstance(users, str | bytes):
+            raise PublishRefused("users are several strings, not one")
+        made = draft(payload, options, self.settings, self.wall())
+        if users is None:
+            result = (yield from self._publish_all(made, [user]))[user]
+            if isinstance(result, Exception):
+                raise result
+            return result
+        listed = list(users)
+        results = yield from self._publish_all(made, dict.fromkeys(listed))
+        in_order = [results[one] for one in listed]
+        for one in in_order:
+            if isinstance(one, RedisError):
+                raise PublishInterrupted(one, in_order)
+        return in_order
+
+    def cancel(self, notification: str) -> Steps[str]:
+        """Withdraw a notification."""
+        trace = yield from self.notification(notification)
+        if trace is None:
+            return "unknown"
+        command = ledger.cancel(trace.user, notification, rules=self._rules)
+        (reply,), repeated = yield from self._ask([command])
+        outcome = ledger.cancelled(_good(reply))
+        if repeated and outcome == "too late":
+            # Too late for ourselves, perhaps: an attempt that was not answered may have done it.
+            trace = yield from self.notification(notification)
+            if trace is not None and trace.state == "cancelled":
+                return "cancelled"
+        return outcome
+
+    def why(self, user: str) -> Steps[Standing]:
+        """Say how a user stands."""
+        look = life.Look(checked_user(user))
+        while commands := look.questions():
+            replies, _ = yield from self._ask(commands)
+            look.answered([_good(reply) for reply in replies])
+        return look.standing()
+
+    def notification(self, notification: str) -> Steps[Trace | None]:
+        """Return the life of a notification."""
+        key = ledger.notification_key(notification)
+        if key is None:
+            raise PublishRefused(f"{quoted(notification)} is no notification's id")
+        (reply,), _ = yield from self._ask([("HGETALL", key)])
+        trace = life.trace(notification, _good(reply))
+        if trace is None or trace.user is None:
+            return trace
+        standing = yield from self.why(trace.user)
+        return life.explained(trace, standing)
+
+    @property
+    def _rules(self) -> Rules:
+        return Rules.of(self.settings)
+
+    def _ask(
+        self, commands: Sequence[Command], pauses: Sequence[float] = PAUSES
+    ) -> Steps[tuple[list[Reply | RedisError], bool]]:
+        deadline = self.clock() + self.seconds
+        answered = yield from exchange(commands, self.clock, deadline, pauses)
+        return answered.replies, answered.repeated
+
+    def _publish_all(
+        self, made: Draft, users: Iterable[str | None]
+    ) -> Steps[dict[str | None, Result]]:
+        """Publish to each of ``users``; None is everyone. Raises nothing."""
+        results: dict[str | None, Result] = {}
+        letters: list[_Letter] = []
+        for user in users:
+            try:
+                letters.append(self._letter(made, user))
+            except PublishRefused as refusal:
+                results[user] = refusal
+        trouble: RedisError | None = None
+        for batch in _batches(letters, len(made.payload)):
+            if trouble is not None:
+                untried = RedisRefused(f"not tried: {trouble}")
+                results |= dict.fromkeys([letter.user for letter in batch], untried)
+                continue
+            # What is ephemeral is not worth a repetition, which might make it arrive twice.
+            pauses = () if made.ephemeral else PAUSES
+            replies, _ = yield from self._ask([letter.command for letter in batch], pauses)
+            for letter, reply in zip(batch, replies, strict=True):
+                result = letter.result(reply)
+                results[letter.user] = result
+                if isinstance(result, RedisError):
+                    trouble = result
+        return results
+
+    def _letter(self, made: Draft, user: str | None) -> "_Letter":
+        if made.ephemeral:
+            return _Letter(user, "", ("PUBLISH", made.channel(user), made.raw()))
+        notification = made.addressed(user, self.wall(), name_channel=self.servers_own)
+        command = ledger.publish(notification, rules=self._rules)
+        return _Letter(user, notification.id, command)
+
+
+@attrs.frozen
+class _Letter:
+    """One notification on its way to one user, or to everyone."""
+
+    user: str | None
+    id: str
+    """Empty if it is ephemeral."""
+    command: Command
+
+    def result(self, reply: Reply | RedisError) -> Result:
+        """Return what the reply means."""
+        if isinstance(reply, RedisUnavailable):
+            return RedisUnavailable(f"whether it was published is unknown: {reply}")
+        if isinstance(reply, RedisRefused):
+            return _refusal(reply)
+        if not self.id:
+            return Ephemeral("", "", 0, "ephemeral", cast("int", reply))
+        accepted = ledger.accepted(reply)
+        if accepted.outcome == "duplicate" and accepted.id == self.id:
+            # Of ourselves: the attempt that was not answered has done it.
+            outcome = "accepted" if accepted.position else "scheduled"
+            return msgspec.structs.replace(accepted, outcome=outcome)
+        return accepted
+
+
+def _refusal(refused: RedisRefused) -> PublishRefused | RedisRefused:
+    text = str(refused)
+    if text.startswith(ledger.REUSED_KEY):
+        return IdempotencyConflict(text.removeprefix(ledger.REUSED_KEY))
+    if text.startswith(ledger.BAD_REQUEST):
+        return PublishRefused(text.removeprefix(ledger.BAD_REQUEST))
+    return refused
+
+
+def _good(reply: Reply | RedisError) -> Reply:
+    if isinstance(reply, RedisRefused):
+        raise _refusal(reply)
+    if isinstance(reply, RedisError):
+        raise reply
+    return reply
+
+
+def _batches(letters: Sequence[_Letter], size: int) -> Iterator[Sequence[_Letter]]:
+    """Yield parts of ``letters``, each of which carries a payload of ``size`` bytes."""
+    count = max(1, min(BATCH_COMMANDS, BATCH_BYTES // max(size, 1)))
+    for start in range(0, len(letters), count):
+        yield letters[start : start + count]
