@@ -1,14 +1,16 @@
 """One WebSocket connection, from the 101 answer to the last byte.
 
 Two halves meet here. The pump calls the synchronous half: bytes came, the socket is writable, a
-moment on the timer wheel is due, Redis has confirmed the user's topic. The connection's own task,
+moment on the timer wheel is due, Redis has confirmed the user's topic, the ledger has a new entry
+or an answer to what was asked. The connection's own task,
 in its own nursery, does whatever awaits; so far that is the close handshake. The end of the task
 is the end of the connection, and cancelling its nursery is how it is ended.
 
 Life
     nameless    no credential yet; nothing but ``auth`` is processed
     corked      subscribed in the hub, but what is offered waits: ``connection_established``
-                has to come first
+                has to come first, and with it what the client has missed. So: hub, then Redis
+                confirms the topic, then the ledger is read, then both tracks go live
     live        frames go out as they come
     leaving     a `CloseReason` is set; nothing more is offered or processed. The farewell
                 (goodbye and Close frame) goes out, the client's Close frame is awaited
@@ -25,24 +27,22 @@ Rules
 """
 
 import math
-import random
 import socket
-from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
-import attrs
 import trio
 
 from trioserver import frames, messages, session
-from trioserver.auth import Claims, Verifier
-from trioserver.clock import Stamp
-from trioserver.deflate import Compressor, inflate
+from trioserver.auth import Claims
+from trioserver.deflate import inflate
+from trioserver.envelope import Entry
 from trioserver.errors import AuthError, CloseReason
-from trioserver.hub import Hub
-from trioserver.metrics import Tally
-from trioserver.outbox import DeflatingOutbox, Outbox, OutboxLimits
-from trioserver.pump import READ, WRITE, Pump
+from trioserver.feed import Feed
+from trioserver.outbox import DeflatingOutbox, Outbox
+from trioserver.pump import READ, WRITE
+from trioserver.shared import Pending, Shared
 from trioserver.timers import IDLE
+from trioserver.wish import NO_WISH, Wish
 
 READ_BYTES: Final = 16 << 10
 """Bytes taken from a socket in one turn: a bound on the work one client can ask for at once."""
@@ -79,78 +79,8 @@ EXPIRY_GRACE_SECONDS: Final = 25.0
 LATENCY_SAMPLE: Final = 0b111
 """One answer in eight is timed: looking at the clock again costs as much as reading the message."""
 
-JITTER: Final = 0.1
-"""Pings and heartbeats come at their interval ± this share, so that they spread out."""
-
 RECONNECT_JITTER_MS: Final = 1000
 """``reconnect_in_ms`` of an unplanned goodbye: at random up to this."""
-
-
-class Pending(Protocol):
-    """Topics asked for and not confirmed yet."""
-
-    def notify(self, waiter: "Connection") -> None:
-        """Call ``waiter.followed()`` when they are confirmed."""
-
-    def forget(self, waiter: "Connection") -> None:
-        """Do not call it any more; idempotent."""
-
-
-class Follower(Protocol):
-    """Who asks Redis for topics; both synchronous and idempotent."""
-
-    def follow(self, channel: bytes) -> Pending | None:
-        """Ask for a topic; None if it is confirmed already."""
-
-    def release(self, channel: bytes) -> None:
-        """Let go of a topic, lazily."""
-
-
-@attrs.frozen(kw_only=True)
-class Pace:
-    """The intervals and deadlines of a connection, in seconds; 0 turns each off."""
-
-    ping_interval: float
-    pong_wait: float
-    heartbeat_interval: float
-    idle_timeout: float
-    """Ends silent connections, but only when there are no pings: their answers are enough."""
-    write_wait: float
-    """How long a client may take nothing of what waits for it."""
-    auth_timeout: float
-
-
-@attrs.define(eq=False, kw_only=True)
-class Shared:
-    """What all connections of a worker share."""
-
-    pump: Pump
-    hub: Hub
-    follower: Follower
-    verifier: Verifier
-    tally: Tally
-    pace: Pace
-    outbox_limits: OutboxLimits
-    max_message: int
-    user_topic: Callable[[str], bytes]
-    broadcast_topic: bytes
-    wall: Callable[[], float]
-    """Seconds since 1970."""
-    log_bug: Callable[[str, BaseException], None]
-    """Called with what was being done and the bug."""
-    log_end: Callable[["Connection", CloseReason], None]
-    connections: "set[Connection]" = attrs.field(factory=set)
-    """Those that have begun and are not released."""
-    blocked: "set[Connection]" = attrs.field(factory=set)
-    """Connections whose outbox waits for the socket: usually few or none."""
-    compressor: Compressor | None = None
-    """Compresses notifications for those who negotiated it; None if nobody may."""
-    stamp: Stamp = attrs.field(factory=Stamp)
-    rng: random.Random = attrs.field(factory=random.Random)
-
-    def jittered(self, interval: float) -> float:
-        """Return ``interval`` ± `JITTER`."""
-        return interval * (1 + JITTER * (2 * self.rng.random() - 1))
 
 
 class Connection:
@@ -162,6 +92,7 @@ class Connection:
         connection_id: Unique in the fleet; shown to the client and in the logs.
         greeting: The 101 answer, not sent yet.
         claims: Of the credential in the handshake, or None if one must follow as a message.
+        wish: Where the client wants to go on, if its handshake said so.
         deflate: Whether permessage-deflate was negotiated.
     """
 
@@ -173,6 +104,7 @@ class Connection:
         "_decoder",
         "_event",
         "_expires_at",
+        "_feed",
         "_follow_by",
         "_greeting",
         "_heard",
@@ -180,21 +112,22 @@ class Connection:
         "_leaving_bytes",
         "_message_since",
         "_opened",
-        "_outbox",
         "_peer_code",
         "_peer_done",
         "_pending",
         "_ping_at",
-        "_pinged",
         "_progress_at",
         "_scope",
         "_session",
-        "_shared",
         "_sock",
+        "_wish",
         "bucket",
         "connection_id",
         "fd",
+        "outbox",
+        "pinged",
         "reason",
+        "shared",
     )
 
     def __init__(
@@ -204,11 +137,12 @@ class Connection:
         connection_id: str,
         greeting: bytes,
         claims: Claims | None,
+        wish: Wish = NO_WISH,
         *,
         deflate: bool = False,
     ) -> None:
         now = shared.pump.now
-        self._shared = shared
+        self.shared = shared
         self._sock = sock
         self.fd = sock.fileno()
         self.bucket = IDLE
@@ -216,16 +150,19 @@ class Connection:
         self.reason: CloseReason | None = None
         """Why the connection ends; None while it lives."""
         if deflate and shared.compressor is not None:
-            self._outbox: Outbox = DeflatingOutbox(
+            self.outbox: Outbox = DeflatingOutbox(
                 sock, shared.outbox_limits, self, shared.compressor
             )
             self._decoder = frames.Decoder(shared.max_message, inflate=inflate)
         else:
-            self._outbox = Outbox(sock, shared.outbox_limits, self)
+            self.outbox = Outbox(sock, shared.outbox_limits, self)
             self._decoder = frames.Decoder(shared.max_message)
         self._session = session.Session(claims.user if claims else None)
         self._claims = claims
         self._greeting = greeting
+        self._wish = wish
+        self._feed: Feed | None = None
+        """None while no credential has come."""
         self._pending: Pending | None = None
         """What Redis has not confirmed yet."""
         self._follow_by = math.inf
@@ -243,8 +180,8 @@ class Connection:
         """What has come since it is leaving."""
         self._opened = self._heard = now
         self._message_since: float | None = None
-        self._pinged = False
-        """Whether a ping of ours is unanswered."""
+        self.pinged: bytes | None = None
+        """The payload of our ping that is unanswered."""
         self._controls = 0.0
         self._control_at = now
         self._progress_at = math.inf
@@ -255,7 +192,7 @@ class Connection:
     @property
     def waiting_bytes(self) -> int:
         """Bytes that its client has still to take."""
-        return self._outbox.waiting_bytes
+        return self.outbox.waiting_bytes
 
     @property
     def user(self) -> str | None:
@@ -278,7 +215,7 @@ class Connection:
                     if self.reason is None:
                         await trio.sleep_forever()
             except* Exception as bugs:  # noqa: BLE001 - one connection's bug is its own end
-                self._shared.log_bug("connection", bugs)
+                self.shared.log_bug("connection", bugs)
                 self.end(CloseReason.INTERNAL_ERROR)
             finally:
                 self._scope = None
@@ -296,16 +233,16 @@ class Connection:
             await self._event.wait()
 
     def _settled(self) -> bool:
-        return self.reason is CloseReason.PEER_LOST or (self._outbox.empty and self._peer_done)
+        return self.reason is CloseReason.PEER_LOST or (self.outbox.empty and self._peer_done)
 
     def _release(self) -> None:
         """Give everything back. The socket goes to the pump, to be closed without RST."""
-        shared = self._shared
+        shared = self.shared
         self.end(CloseReason.GOING_AWAY)  # Only a cancelled task has no reason yet.
         reason = self.reason or CloseReason.GOING_AWAY
         shared.pump.wheel.cancel(self)
         shared.blocked.discard(self)
-        self._outbox.abandon()
+        self.outbox.abandon()
         if reason is CloseReason.PEER_LOST:
             shared.pump.forget(self)
             self._sock.close()
@@ -326,12 +263,12 @@ class Connection:
         Args:
             early: Bytes that came behind the request head.
         """
-        shared = self._shared
+        shared = self.shared
         shared.connections.add(self)
         shared.tally.connections += 1
         shared.tally.opened += 1
         if self._session.user is None:
-            self._outbox.offer(self._take_greeting())
+            self.outbox.offer(self._take_greeting())
         else:
             self._enter(self._session.user)
         if early and self.reason is None:
@@ -340,59 +277,62 @@ class Connection:
             shared.pump.wheel.schedule(self, self._next_moment())
 
     def _enter(self, user: str) -> None:
-        """Subscribe, then say so: a notification published after that arrives."""
-        shared = self._shared
-        outbox = self._outbox
+        """Subscribe, read what was missed, then say so: what is published after that arrives."""
+        shared = self.shared
+        outbox = self.outbox
         outbox.cork()
+        self._feed = Feed(self, self._wish)
         topic = shared.user_topic(user)
         if shared.hub.add(topic, outbox):
             shared.tally.users += 1
         shared.hub.add(shared.broadcast_topic, outbox)
-        pending = shared.follower.follow(topic)
-        if pending is None:
-            self._establish()
-            return
-        self._pending = pending
-        pending.notify(self)
         now = shared.pump.now
         self._follow_by = now + FOLLOW_SECONDS
-        shared.pump.wheel.hasten(self, now + GREETING_SECONDS)
+        self._pending = shared.follower.follow(topic)
+        if self._pending is None:
+            self._feed.begin()
+        else:
+            self._pending.notify(self)
+        if outbox.corked:
+            shared.pump.wheel.hasten(self, now + GREETING_SECONDS)
 
     def followed(self) -> None:
         """Take note that Redis has confirmed the user's topic; never raises."""
         self._pending = None
-        try:
-            if self.reason is None:
-                self._establish()
-        except Exception as bug:  # noqa: BLE001 - would be the end of the subscription's link
-            self._shared.log_bug("connection", bug)
-            self.end(CloseReason.INTERNAL_ERROR)
+        if self.reason is None and self._feed is not None:
+            self._feed.begin()
 
-    def _establish(self, reason: str | None = None) -> None:
-        """Send the first message, then what was held back for it."""
-        outbox = self._outbox
-        outbox.uncork(self._take_greeting() + frames.encode_text(self._established(reason)))
+    def establish(self, where: str | None, why: str, backlog: bytes) -> None:
+        """Send the first message, what was missed, and what was held back for it.
+
+        Args:
+            where: The position from which this connection is served; None if nobody knows.
+            why: It is not the one that was asked for; empty if it is.
+            backlog: Frames.
+        """
+        outbox = self.outbox
+        self._follow_by = math.inf
+        established = frames.encode_text(self._established(where, why))
+        outbox.uncork(self._take_greeting() + established + backlog)
         if outbox.empty:
             self._watch(READ)
 
     def _wait_longer(self, now: float) -> None:
         """Answer the handshake although Redis has not, and give up waiting for it in the end."""
         greeting = self._take_greeting()
-        if greeting and not self._outbox.send_past_cork(greeting):
+        if greeting and not self.outbox.send_past_cork(greeting):
             self.end(CloseReason.PEER_LOST)
-        elif now >= self._follow_by and self._pending is not None:
-            # It stays wanted: as soon as Redis is back, notifications arrive.
-            self._pending.forget(self)
-            self._pending = None
-            self._establish("unavailable")
+        elif now >= self._follow_by:
+            # It stays wanted: as soon as Redis is back, it is told what it has missed.
+            self.establish(None, "unavailable", b"")
 
     def _take_greeting(self) -> bytes:
         """Return the 101 answer if it has not been sent, else nothing."""
         greeting, self._greeting = self._greeting, b""
         return greeting
 
-    def _established(self, reason: str | None) -> bytes:
-        shared = self._shared
+    def _established(self, where: str | None, why: str) -> bytes:
+        shared = self.shared
         claims = self._claims
         assert claims is not None  # noqa: S101 - for the type checker: it has a user
         self._claims = None
@@ -402,14 +342,37 @@ class Connection:
             messages.ConnectionEstablished(
                 connection_id=self.connection_id,
                 user=claims.user,
-                resumed=False,
+                resumed=not why,
                 count=self._session.count,
                 heartbeat_seconds=shared.pace.heartbeat_interval,
                 expires_in=max(0, int(expires_in)),
                 server_time=shared.stamp(),
-                reason=reason,
+                position=where,
+                reason=why or None,
             )
         )
+
+    def entered(self, entry: Entry, *, everyone: bool) -> bool:
+        """Give an entry of the ledger to the feed; see `outbox.Owner.entered`."""
+        feed = self._feed
+        return feed is not None and self.reason is None and feed.entered(entry, everyone=everyone)
+
+    def catch_up(self) -> None:
+        """Look whether something was published that did not come."""
+        if self._feed is not None and self.reason is None:
+            self._feed.catch_up()
+
+    def answer(self, message: bytes) -> None:
+        """Send a message that the client has asked for."""
+        frame = frames.encode_text(message)
+        if self.reason is None and self.outbox.offer(frame):
+            self.shared.tally.messages_out += 1
+            self.shared.tally.bytes_out += len(frame)
+
+    def hasten(self, when: float) -> None:
+        """Have `due` called then, or before."""
+        if self.reason is None:
+            self.shared.pump.wheel.hasten(self, when)
 
     def end(self, reason: CloseReason, *, reconnect_in_ms: int | None = None) -> None:
         """End the connection for ``reason``; idempotent, the first reason counts.
@@ -428,23 +391,25 @@ class Connection:
         if self._scope is not None:
             self._scope.cancel()
         self._leave_hub()
-        outbox = self._outbox
+        outbox = self.outbox
         if reason is CloseReason.PEER_LOST:
             outbox.abandon()
         elif reason is CloseReason.PEER_CLOSED:
             outbox.finish(self._take_greeting() + frames.encode(frames.CLOSE, self._peer_code))
         else:
-            outbox.finish(
-                self._take_greeting() + self._goodbye(reason, reconnect_in_ms),
-                drop=reason is CloseReason.TOO_SLOW,
-            )
+            farewell = self._take_greeting() + self._goodbye(reason, reconnect_in_ms)
+            slow = reason is CloseReason.TOO_SLOW
+            if self._feed is not None and not slow:
+                # What was sent in the last second has no receipt yet, and would come twice.
+                farewell = self._feed.last_ping(self.shared.pump.now) + farewell
+            outbox.finish(farewell, drop=slow)
         if not self._peer_done:
             # It may not have been read for a while; now its Close frame matters.
             self._watch(self._interest | READ)
 
     def _goodbye(self, reason: CloseReason, reconnect_in_ms: int | None) -> bytes:
         if reconnect_in_ms is None:
-            reconnect_in_ms = self._shared.rng.randrange(RECONNECT_JITTER_MS)
+            reconnect_in_ms = self.shared.rng.randrange(RECONNECT_JITTER_MS)
         goodbye = messages.Goodbye(
             reason.label, reason.reconnect, reconnect_in_ms if reason.reconnect else 0
         )
@@ -456,10 +421,10 @@ class Connection:
         user = self._session.user
         if user is None:
             return
-        shared = self._shared
+        shared = self.shared
         topic = shared.user_topic(user)
-        shared.hub.remove(shared.broadcast_topic, self._outbox)
-        if shared.hub.remove(topic, self._outbox):
+        shared.hub.remove(shared.broadcast_topic, self.outbox)
+        if shared.hub.remove(topic, self.outbox):
             shared.tally.users -= 1
             shared.follower.release(topic)
 
@@ -477,14 +442,17 @@ class Connection:
             self.hung_up()
 
     def _receive(self, data: bytes) -> None:
-        shared = self._shared
+        shared = self.shared
         now = shared.pump.now
         self._heard = now
         shared.tally.bytes_in += len(data)
         decoder = self._decoder
         events = decoder.receive(data)
         if self.reason is not None:
-            # Leaving: of all that may still come only the client's Close frame matters.
+            # Leaving: of all that may still come only a receipt and the Close frame matter.
+            for opcode, payload in events:
+                if opcode == frames.PONG:
+                    self._take_receipt(payload, now)
             self._leaving_bytes += len(data)
             if decoder.failure is not None or self._leaving_bytes > LEAVING_BYTES:
                 self._peer_done = True
@@ -503,14 +471,14 @@ class Connection:
         elif self._message_since is None:
             self._message_since = now
             shared.pump.wheel.hasten(self, now + MESSAGE_SECONDS)
-        if self._outbox.crowded and not self._session.closed:
-            self._watch(0 if self._outbox.corked else WRITE)
+        if self.outbox.crowded and not self._session.closed:
+            self._watch(0 if self.outbox.corked else WRITE)
 
     def _process(  # noqa: C901 - the hot loop; a call more costs 60 ns per message
         self, events: list[frames.Event], now: float
     ) -> CloseReason | None:
         """Answer what came in one read; return how the connection ends, if it does."""
-        shared = self._shared
+        shared = self.shared
         tally = shared.tally
         replies: list[bytes] = []
         verdict = ping = None
@@ -532,7 +500,7 @@ class Connection:
             else:
                 if opcode == frames.PING:
                     ping = payload
-                verdict = self._control(opcode, now)
+                verdict = self._control(opcode, payload, now)
             if verdict is not None:
                 break
         if ping is not None:
@@ -541,7 +509,7 @@ class Connection:
         if replies:
             # One write for all that one read has asked for.
             answer = b"".join(replies) if len(replies) > 1 else replies[0]
-            if self._outbox.offer(answer):
+            if self.outbox.offer(answer):
                 tally.bytes_out += len(answer)
                 if tally.messages_in & LATENCY_SAMPLE == 1:
                     tally.message_latency.observe(trio.current_time() - now)
@@ -552,29 +520,53 @@ class Connection:
         match action:
             case session.SendError(data, code):
                 replies.append(frames.encode_text(data))
-                self._shared.tally.error(code)
-            case session.Authenticate(token):
-                return self._authenticate(token, replies)
+                self.shared.tally.error(code)
+            case session.Authenticate(token, wish):
+                return self._authenticate(token, wish, replies)
+            case session.Acknowledge() | session.MarkRead():
+                self._tell_ledger(action, replies)
             case session.Close(reason):
                 return reason
         return None
 
-    def _control(self, opcode: int, now: float) -> CloseReason | None:
+    def _tell_ledger(
+        self, action: session.Acknowledge | session.MarkRead, replies: list[bytes]
+    ) -> None:
+        """Pass on what the client has handled or read, unless it asks for too much at once."""
+        feed = self._feed
+        if feed is None or feed.asks_too_much:
+            error = messages.Error("too_many", "too many requests are under way", ref=action.ref)
+            replies.append(frames.encode_text(messages.encode(error)))
+            self.shared.tally.error("too_many")
+        elif isinstance(action, session.Acknowledge):
+            feed.acknowledge(action.seq, action.id, action.ref)
+        else:
+            feed.mark_read(action.ids, action.up_to, action.ref)
+
+    def _control(self, opcode: int, payload: bytes, now: float) -> CloseReason | None:
         """Count a ping or pong; return how the connection ends if there are too many.
 
         A leaky bucket: each costs one, `CONTROLS_PER_SECOND` leak away. The pong that we asked
         for is free.
         """
-        if opcode == frames.PONG and self._pinged:
-            self._pinged = False
+        if opcode == frames.PONG and self._take_receipt(payload, now):
             return None
         leaked = (now - self._control_at) * CONTROLS_PER_SECOND
         self._controls = max(0.0, self._controls - leaked) + 1
         self._control_at = now
         return CloseReason.POLICY if self._controls > CONTROL_BURST else None
 
-    def _authenticate(self, token: str, replies: list[bytes]) -> CloseReason | None:
-        shared = self._shared
+    def _take_receipt(self, payload: bytes, now: float) -> bool:
+        """Take a pong; return whether it is the one that we asked for."""
+        if payload != self.pinged:
+            return False
+        self.pinged = None
+        if payload and self._feed is not None:
+            self._feed.confirmed(now)
+        return True
+
+    def _authenticate(self, token: str, wish: Wish, replies: list[bytes]) -> CloseReason | None:
+        shared = self.shared
         try:
             claims = shared.verifier.verify(token, shared.wall())
         except AuthError as error:
@@ -582,12 +574,13 @@ class Connection:
             return CloseReason.UNAUTHORIZED
         shared.tally.auth["ok"] += 1
         self._claims = claims
+        self._wish = wish
         self._session.authenticated(claims.user)
         # What was said to the nameless client goes out; what follows waits for the first message.
         if replies:
-            self._outbox.offer(b"".join(replies))
+            self.outbox.offer(b"".join(replies))
             replies.clear()
-        if not self._outbox.empty:
+        if not self.outbox.empty:
             # Nameless, and it does not even read what was wrong with its messages.
             return CloseReason.TOO_SLOW
         self._enter(claims.user)
@@ -595,17 +588,19 @@ class Connection:
 
     def writable(self) -> None:
         """Send what waited."""
-        outbox = self._outbox
+        outbox = self.outbox
         if outbox.flush():
             # Taking bytes is a sign of life, and maybe the only one while we do not read.
-            self._progress_at = self._heard = self._shared.pump.now
+            self._progress_at = self._heard = self.shared.pump.now
             if self._message_since is not None and not self._interest & READ:
                 self._message_since = self._heard
         if outbox.empty:
             self._progress_at = math.inf
-            self._shared.blocked.discard(self)
+            self.shared.blocked.discard(self)
             self._watch(0 if self._peer_done else READ)
             self._check_settled()
+            if self._feed is not None and self.reason is None:
+                self._feed.read_on()
 
     def hung_up(self) -> None:
         """Note that the client is gone."""
@@ -613,7 +608,7 @@ class Connection:
         self.end(CloseReason.PEER_LOST)
         # In the middle of leaving, an end without a Close frame is an end all the same; what
         # could not be flushed never will be.
-        self._outbox.abandon()
+        self.outbox.abandon()
         self._watch(0)
         if self._event is not None:
             self._event.set()
@@ -624,12 +619,12 @@ class Connection:
 
     def blocked(self) -> None:
         """Note that the outbox waits for the socket."""
-        pump = self._shared.pump
-        self._shared.blocked.add(self)
+        pump = self.shared.pump
+        self.shared.blocked.add(self)
         self._progress_at = pump.now
         self._watch(self._interest | WRITE)
-        if self._shared.pace.write_wait:
-            pump.wheel.hasten(self, pump.now + self._shared.pace.write_wait)
+        if self.shared.pace.write_wait:
+            pump.wheel.hasten(self, pump.now + self.shared.pace.write_wait)
 
     def overflowed(self) -> None:
         """End a client that does not keep up."""
@@ -642,7 +637,7 @@ class Connection:
     def _watch(self, interest: int) -> None:
         if interest != self._interest:
             self._interest = interest
-            self._shared.pump.watch(self, interest)
+            self.shared.pump.watch(self, interest)
 
     def _check_settled(self) -> None:
         if self.reason is not None and self._event is not None and self._settled():
@@ -658,25 +653,34 @@ class Connection:
         if reason is not None:
             self.end(reason)
             return
-        if self._pending is not None:
+        if self.outbox.corked:
             self._wait_longer(now)
-        signs = b""
-        pace = self._shared.pace
-        live = not self._outbox.corked
-        if now >= self._ping_at:
-            self._ping_at = now + self._shared.jittered(pace.ping_interval)
-            if live:
-                signs = frames.encode(frames.PING, b"")
-                self._pinged = True
-        if now >= self._beat_at:
-            self._beat_at = now + self._shared.jittered(pace.heartbeat_interval)
-            if live:
-                beat = messages.Heartbeat(self._shared.stamp())
-                signs = frames.encode_text(messages.encode(beat)) + signs
+        elif self._feed is not None:
+            self._feed.due(now)
+        signs = self._signs_of_life(now)
         if signs:
-            self._outbox.offer(signs)
+            self.outbox.offer(signs)
         if self.reason is None:
-            self._shared.pump.wheel.schedule(self, self._next_moment())
+            self.shared.pump.wheel.schedule(self, self._next_moment())
+
+    def _signs_of_life(self, now: float) -> bytes:
+        """Return the heartbeat and the ping that are due."""
+        signs = b""
+        pace = self.shared.pace
+        live = not self.outbox.corked
+        if now >= self._ping_at:
+            self._ping_at = now + self.shared.jittered(pace.ping_interval)
+            if live and self._feed is not None:
+                signs = self._feed.ping(now)
+            elif live:
+                signs = frames.encode(frames.PING, b"")
+                self.pinged = b""
+        if now >= self._beat_at:
+            self._beat_at = now + self.shared.jittered(pace.heartbeat_interval)
+            if live:
+                beat = messages.Heartbeat(self.shared.stamp())
+                signs = frames.encode_text(messages.encode(beat)) + signs
+        return signs
 
     def _overdue(self, now: float) -> CloseReason | None:
         for moment, reason in self._deadlines():
@@ -686,7 +690,7 @@ class Connection:
 
     def _deadlines(self) -> list[tuple[float, CloseReason]]:
         """Return until when what must have happened, and how the connection ends if not."""
-        pace = self._shared.pace
+        pace = self.shared.pace
         deadlines = [(self._progress_at + (pace.write_wait or math.inf), CloseReason.TOO_SLOW)]
         deadlines.append((self._expires_at, CloseReason.UNAUTHORIZED))
         if self._session.user is None:
@@ -701,7 +705,9 @@ class Connection:
 
     def _next_moment(self) -> float:
         nearest = min([moment for moment, _ in self._deadlines()])
-        if self._pending is not None:
+        if self.outbox.corked:
             patience = GREETING_SECONDS if self._greeting else FOLLOW_SECONDS
             nearest = min(nearest, self._follow_by - FOLLOW_SECONDS + patience)
+        elif self._feed is not None:
+            nearest = min(nearest, self._feed.next_moment())
         return min(nearest, self._ping_at, self._beat_at)

@@ -13,10 +13,13 @@ from typing import Final
 import attrs
 import trio
 
-from trioserver import frames, messages
+from trioserver import envelope, frames, messages
 from trioserver.clock import Stamp
+from trioserver.envelope import Entry
 from trioserver.hub import Hub
 from trioserver.metrics import Tally
+from trioserver.outbox import Outbox
+from trioserver.track import Track, Verdict
 
 OFFERS_PER_TURN: Final = 256
 """Writes between two checkpoints of a fan-out: about 1 ms."""
@@ -33,6 +36,8 @@ class Delivery:
     """Bytes of a notification's payload; 0 means no limit."""
     log_malformed: Callable[[bytes, str], None]
     """Called with the topic and what is wrong; limits its own rate."""
+    head: Track[Entry]
+    """Where everyone's stream stands; moved here."""
     stamp: Stamp = attrs.field(factory=Stamp)
 
     def receive(self, topic: bytes, data: bytes) -> Awaitable[None] | None:
@@ -41,6 +46,8 @@ class Delivery:
         A publication that is no notification is counted and logged, and that is all.
         """
         hub = self.hub
+        if data[:1] == envelope.VERSION:
+            return self._enter(topic, data)
         if topic not in hub:
             # Released and still subscribed for a moment, or a broadcast: nobody here wants it.
             self.tally.published["nobody"] += 1
@@ -49,9 +56,7 @@ class Delivery:
         try:
             notification = messages.notification_from_raw(data, self.stamp(), self.max_payload)
         except messages.BadPublish as problem:
-            self.tally.notifications_malformed += 1
-            self.tally.published["malformed"] += 1
-            self.log_malformed(topic, str(problem))
+            self._malformed(topic, problem)
             return None
         frame = frames.encode_text(notification)
         if topic == self.broadcast_topic:
@@ -60,6 +65,39 @@ class Delivery:
         self._count(accepted, refused, len(frame))
         self._done(accepted, arrived)
         return None
+
+    def _enter(self, topic: bytes, data: bytes) -> Awaitable[None] | None:
+        """Let those who want ``topic`` know of an entry of the ledger."""
+        arrived = time.perf_counter()
+        try:
+            entry = envelope.decode(data)
+        except messages.BadPublish as problem:
+            # Who waits for the next one will find the hole, and read.
+            self._malformed(topic, problem)
+            return None
+        everyone = topic == self.broadcast_topic
+        outboxes = self.hub.outboxes(topic)
+        if not everyone:
+            accepted = sum([outbox.enter(entry, everyone=False) for outbox in outboxes])
+            self._done(accepted, arrived)
+            return None
+        if self.head.take(entry) is Verdict.READ:
+            self.head.forget()
+        return self._enter_all(outboxes, entry, arrived)
+
+    async def _enter_all(self, outboxes: tuple[Outbox, ...], entry: Entry, arrived: float) -> None:
+        """Let ``outboxes`` know of an entry of everyone's stream, in turns."""
+        accepted = 0
+        for start in range(0, len(outboxes), OFFERS_PER_TURN):
+            turn = outboxes[start : start + OFFERS_PER_TURN]
+            accepted += sum([outbox.enter(entry, everyone=True) for outbox in turn])
+            await trio.lowlevel.checkpoint()
+        self._done(accepted, arrived)
+
+    def _malformed(self, topic: bytes, problem: messages.BadPublish) -> None:
+        self.tally.notifications_malformed += 1
+        self.tally.published["malformed"] += 1
+        self.log_malformed(topic, str(problem))
 
     async def _fan_out(self, topic: bytes, frame: bytes, arrived: float) -> None:
         """Offer ``frame`` to a snapshot of ``topic``, in turns."""

@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import attrs
@@ -24,10 +24,12 @@ import trio
 
 from trioserver import handshake, health
 from trioserver.auth import Claims
-from trioserver.connection import Connection, Shared
-from trioserver.errors import AuthError
+from trioserver.connection import Connection
+from trioserver.errors import AuthError, ClientError
 from trioserver.handshake import Refusal, Request
+from trioserver.shared import Shared
 from trioserver.timers import IDLE
+from trioserver.wish import NO_WISH, Wish, of_query
 
 READ_BYTES: Final = 16 << 10
 
@@ -116,7 +118,7 @@ class Listener:
         status, content_type, body = page()
         return health.small_response(status, body, content_type, head=request.method == "HEAD")
 
-    def judge(self, request: Request) -> tuple[handshake.Upgrade, Claims | None]:
+    def judge(self, request: Request) -> tuple[handshake.Upgrade, Claims | None, Wish]:
         """Decide about a handshake on ``/ws``; None for claims if credentials must follow.
 
         Raises:
@@ -126,17 +128,21 @@ class Listener:
         if self.draining or 0 < self.max_connections <= len(self.connections):
             why = "the server is going away" if self.draining else "the server is full"
             raise Refusal(503, why, (("Retry-After", str(RETRY_AFTER_SECONDS)),))
-        claims = self._authenticate(upgrade.token, request)
+        parameters = request.parameters()
+        claims = self._authenticate(upgrade.token, parameters)
         if claims is None and upgrade.extension is not None:
             # Inflating is work, and nobody may ask for it who has not said who he is.
             upgrade = attrs.evolve(upgrade, extension=None)
-        return upgrade, claims
+        try:
+            return upgrade, claims, of_query(parameters)
+        except ClientError as error:
+            raise Refusal(400, error.message) from None
 
-    def _authenticate(self, token: str | None, request: Request) -> Claims | None:
+    def _authenticate(self, token: str | None, parameters: Mapping[str, str]) -> Claims | None:
         shared = self.shared
         auth = shared.tally.auth
         if token is None:
-            token = request.parameters().get("token")
+            token = parameters.get("token")
             if token is None:
                 return None
             if not self.query_token:
@@ -156,6 +162,7 @@ class Listener:
         greeting: bytes,
         claims: Claims | None,
         early: bytes,
+        wish: Wish = NO_WISH,
         *,
         deflate: bool = False,
     ) -> None:
@@ -166,11 +173,12 @@ class Listener:
             greeting: The 101 answer.
             claims: Of its credential, or None if that must follow as a message.
             early: Bytes that came behind the request head.
+            wish: Where the client wants to go on.
             deflate: Whether permessage-deflate was negotiated.
         """
         nursery = self._nursery
         assert nursery is not None  # noqa: S101 - for the type checker: open() came first
-        connection = self.connection(sock, greeting, claims, deflate=deflate)
+        connection = self.connection(sock, greeting, claims, wish, deflate=deflate)
         self.shared.pump.replace(connection)
         nursery.start_soon(connection.run)
         try:
@@ -180,11 +188,17 @@ class Listener:
             connection.failed(bug)
 
     def connection(
-        self, sock: socket.socket, greeting: bytes, claims: Claims | None, *, deflate: bool
+        self,
+        sock: socket.socket,
+        greeting: bytes,
+        claims: Claims | None,
+        wish: Wish,
+        *,
+        deflate: bool,
     ) -> Connection:
         """Make the connection for `start`; a test server makes one of its own kind."""
         connection_id = f"{self.worker_id}-{next(self._numbers):x}"
-        return Connection(self.shared, sock, connection_id, greeting, claims, deflate=deflate)
+        return Connection(self.shared, sock, connection_id, greeting, claims, wish, deflate=deflate)
 
 
 class Arrival:
@@ -236,11 +250,16 @@ class Arrival:
         if request.path != "/ws":
             self._answer(listener.answer(request))
             return
-        upgrade, claims = listener.judge(request)
+        upgrade, claims, wish = listener.judge(request)
         listener.left(self)
         listener.shared.pump.wheel.cancel(self)
         listener.start(
-            self._sock, upgrade.response(), claims, rest, deflate=upgrade.extension is not None
+            self._sock,
+            upgrade.response(),
+            claims,
+            rest,
+            wish,
+            deflate=upgrade.extension is not None,
         )
 
     def _refuse(self, refusal: Refusal) -> None:

@@ -18,6 +18,18 @@ from trioserver.errors import ClientError
 
 Ref = Annotated[str, msgspec.Meta(max_length=64)]
 
+MAX_DEVICE: Final = 64
+MAX_POSITION: Final = 256
+
+Device = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_DEVICE, pattern=r"^[!-~]+\Z")]
+"""What a client calls itself, always the same on one device: visible ASCII without spaces."""
+
+MAX_READ: Final = 100
+"""Ids in one ``read``."""
+
+NotificationId = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9-]+\Z")]
+Seq = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+
 NULL: Final = msgspec.Raw(b"null")
 
 RESERVED_TYPES: Final = frozenset(
@@ -39,6 +51,9 @@ class Auth(msgspec.Struct, frozen=True, gc=False, tag="auth"):
     """The first message of a client that brought no credential in its handshake."""
 
     token: str
+    device: Device | None = None
+    position: Annotated[str, msgspec.Meta(max_length=MAX_POSITION)] | None = None
+    ack: bool = False
     ref: Ref | None = None
 
 
@@ -55,7 +70,23 @@ class Ping(msgspec.Struct, frozen=True, gc=False, tag="ping"):
     ref: Ref | None = None
 
 
-ClientMessage = Auth | Message | Ping
+class Ack(msgspec.Struct, frozen=True, gc=False, tag="ack"):
+    """All notifications up to this one have been handled."""
+
+    seq: Seq | None = None
+    id: NotificationId | None = None
+    ref: Ref | None = None
+
+
+class Read(msgspec.Struct, frozen=True, gc=False, tag="read"):
+    """These were read on this device, or all up to one."""
+
+    ids: Annotated[list[NotificationId], msgspec.Meta(max_length=MAX_READ)] = []
+    up_to: Seq | NotificationId | None = None
+    ref: Ref | None = None
+
+
+ClientMessage = Auth | Message | Ping | Ack | Read
 
 
 class ConnectionEstablished(
@@ -71,6 +102,8 @@ class ConnectionEstablished(
     expires_in: int
     """Seconds until the token expires."""
     server_time: str
+    position: str | None = None
+    """The point from which this connection is served: before what it has missed."""
     reason: str | None = None
 
 
@@ -89,6 +122,42 @@ class Pong(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="pong"
     """The answer to `Ping`."""
 
     ref: str | None = None
+
+
+class Acked(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="ack"):
+    """The answer to an `Ack` with a ``ref``."""
+
+    seq: int
+    """All up to here has been acknowledged on this device."""
+    ref: str
+
+
+class Marked(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="read"):
+    """The answer to a `Read` with a ``ref``."""
+
+    unread: int
+    ref: str
+
+
+class Gap(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="gap"):
+    """Something was lost and cannot come."""
+
+    from_seq: int
+    to_seq: int
+    missing: int
+    reason: str
+    stream: str | None = None
+    """``all`` if it is about the stream of everyone."""
+
+
+class Update(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="update"):
+    """A notification was read on another device, or withdrawn, or has expired."""
+
+    id: str
+    state: str
+    position: str
+    unread: int | None = None
+    stream: str | None = None
 
 
 class Heartbeat(msgspec.Struct, frozen=True, gc=False, tag="heartbeat"):
@@ -112,6 +181,22 @@ class Goodbye(msgspec.Struct, frozen=True, gc=False, tag="goodbye"):
     reason: str
     reconnect: bool
     reconnect_in_ms: int
+
+
+class Durable(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """A notification from the ledger as clients see it. Its ``type`` is the publisher's word."""
+
+    type: str
+    id: str
+    seq: int
+    payload: msgspec.Raw
+    timestamp: str
+    position: str
+    attempt: int
+    unread: int | None = None
+    """The user's, now; absent for what goes to everyone."""
+    stream: str | None = None
+    traceparent: str | None = None
 
 
 class _Notification(msgspec.Struct, frozen=True, gc=False):
@@ -141,11 +226,12 @@ class _Lenient(msgspec.Struct, frozen=True, gc=False):
 
 _client_decoder: msgspec.json.Decoder[ClientMessage] = msgspec.json.Decoder(ClientMessage)
 _lenient_decoder = msgspec.json.Decoder(_Lenient)
+_raw_decoder = msgspec.json.Decoder(msgspec.Raw)
 _published_decoder = msgspec.json.Decoder(_Published)
 encode = msgspec.json.Encoder().encode
 """Return the JSON of any server message, as UTF-8 bytes."""
 
-_known_types: Final = frozenset({"auth", "message", "ping"})
+_known_types: Final = frozenset({"auth", "message", "ping", "ack", "read"})
 
 
 def decode(text: bytes) -> ClientMessage:
@@ -182,6 +268,20 @@ def _diagnose(text: bytes, problem: str) -> ClientError:
     if isinstance(name, str) and name not in _known_types:
         return ClientError("unknown_type", "this type is not known to the server", lenient.ref)
     return ClientError("bad_message", problem, lenient.ref)
+
+
+def checked(payload: bytes) -> msgspec.Raw:
+    """Return a stored payload as it may go into a frame; null if it is no JSON.
+
+    The ledger takes what any publisher gives to its script, and a frame that is not UTF-8 would
+    make every client hang up.
+    """
+    try:
+        if not payload.isascii():
+            payload.decode()
+        return _raw_decoder.decode(payload)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return NULL
 
 
 class BadPublish(Exception):  # noqa: N818 - a verdict

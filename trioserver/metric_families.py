@@ -177,7 +177,8 @@ FAMILIES: Final = (
     ),
     _counters(
         "notifications_published_total",
-        "Publications that workers received, by outcome; each worker that follows counts its own.",
+        "Publications by outcome: what workers received (each that follows counts its own), and"
+        " what the API answered.",
         "outcome",
         lambda t: t.published,
     ),
@@ -191,6 +192,42 @@ FAMILIES: Final = (
         "Notifications accepted for a connection, by where they came from.",
         "source",
         lambda t: t.notifications_delivered,
+    ),
+    _buckets(
+        "notification_age_seconds",
+        "From a notification's acceptance to the proof that a client has received it.",
+        lambda t: t.notification_age,
+    ),
+    _counters(
+        "notification_gaps_total",
+        "Gaps announced to clients: something was lost to them, and why.",
+        "reason",
+        lambda t: t.gaps,
+    ),
+    _counter(
+        "notifications_redelivered_total",
+        "Times a client was sent again what it had not acknowledged in time.",
+        lambda t: t.redeliveries,
+    ),
+    _counter(
+        "reconnects_total",
+        "Connections that went on where their position or their device had stopped.",
+        lambda t: t.resumed,
+    ),
+    _counter(
+        "receipts_dropped_total",
+        "Receipts that were given up because too many waited for Redis; they cost duplicates.",
+        lambda t: t.receipts_dropped,
+    ),
+    _counter(
+        "scheduler_settled_total",
+        "What the scheduler has delivered, expired or reported as undelivered.",
+        lambda t: t.schedule_settled,
+    ),
+    _counter(
+        "scheduler_failed_rounds_total",
+        "Rounds of the scheduler in which not every partition was served.",
+        lambda t: t.schedule_failures,
     ),
     _counter(
         "notifications_failed_total",

@@ -23,6 +23,7 @@ from typing import Final, Protocol
 import attrs
 
 from trioserver.deflate import Compressor
+from trioserver.envelope import Entry
 
 MAX_VECTOR: Final = 64
 """Frames handed to one ``sendmsg``; well below the kernel's IOV_MAX of 1,024."""
@@ -61,6 +62,16 @@ class Owner(Protocol):
 
     def broke(self) -> None:
         """The socket failed and the outbox is closed. Called at most once."""
+
+    def entered(self, entry: Entry, *, everyone: bool) -> bool:
+        """The ledger has a new entry; return whether a frame of it was accepted.
+
+        Only the owner knows where its client stands, so only it can tell whether that is next.
+
+        Args:
+            entry: What was published.
+            everyone: Whether it is in the stream of everyone, not in the user's own.
+        """
 
 
 class Outbox:
@@ -161,6 +172,14 @@ class Outbox:
 
     deliver = offer
     """`offer` for a text frame that many get; `DeflatingOutbox` has its own way with these."""
+
+    def deliver_with(self, frame: bytes, tail: bytes) -> bool:
+        """`deliver` a text frame and ``tail``, a control frame, in one write."""
+        return self.offer(frame + tail)
+
+    def enter(self, entry: Entry, *, everyone: bool) -> bool:
+        """Let the owner decide about an entry of the ledger; see `Owner.entered`."""
+        return self._owner.entered(entry, everyone=everyone)
 
     def _wait(self, frame: bytes) -> bool:
         limits = self._limits
@@ -270,3 +289,7 @@ class DeflatingOutbox(Outbox):
     def deliver(self, frame: bytes) -> bool:
         """Offer the frame compressed, if that makes it smaller."""
         return self.offer(self._compressor.of(frame))
+
+    def deliver_with(self, frame: bytes, tail: bytes) -> bool:
+        """See `Outbox.deliver_with`."""
+        return self.offer(self._compressor.of(frame) + tail)

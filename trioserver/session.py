@@ -16,8 +16,9 @@ from typing import Final
 
 import msgspec
 
-from trioserver import messages
+from trioserver import messages, wish
 from trioserver.errors import ClientError, CloseReason
+from trioserver.wish import Wish
 
 MAX_STRIKES: Final = 20
 STRIKE_SECONDS: Final = 10.0
@@ -41,6 +42,25 @@ class Authenticate(msgspec.Struct, frozen=True, gc=False):
     """Verify this token, then call `Session.authenticated` or end the connection."""
 
     token: str
+    wish: Wish
+
+
+class Acknowledge(msgspec.Struct, frozen=True, gc=False):
+    """Tell the ledger that all up to this one has been handled; answer if there is a ref."""
+
+    seq: int
+    """0 if it was named by its id."""
+    id: str
+    ref: str | None
+
+
+class MarkRead(msgspec.Struct, frozen=True, gc=False):
+    """Tell the ledger, and with it the other devices, what was read; answer if there is a ref."""
+
+    ids: list[str]
+    up_to: int | str
+    """The newest of all that were read, by seq or id; 0 if they were named one by one."""
+    ref: str | None
 
 
 class Close(msgspec.Struct, frozen=True, gc=False):
@@ -49,7 +69,7 @@ class Close(msgspec.Struct, frozen=True, gc=False):
     reason: CloseReason
 
 
-Action = Send | SendError | Authenticate | Close
+Action = Send | SendError | Authenticate | Acknowledge | MarkRead | Close
 
 
 class Session:
@@ -104,9 +124,17 @@ class Session:
                 raise ClientError(
                     "already_authenticated", "this connection has a user already", message.ref
                 )
-            return Authenticate(message.token)
+            return Authenticate(message.token, wish.of_auth(message))
         if self.user is None:
             raise ClientError("unauthenticated", "the first message must be auth", message.ref)
+        if isinstance(message, messages.Ack):
+            if (message.seq is None) == (message.id is None):
+                raise ClientError("bad_message", "ack says either seq or id", message.ref)
+            return Acknowledge(message.seq or 0, message.id or "", message.ref)
+        if isinstance(message, messages.Read):
+            if bool(message.ids) == (message.up_to is not None):
+                raise ClientError("bad_message", "read says either ids or up_to", message.ref)
+            return MarkRead(message.ids, message.up_to or 0, message.ref)
         return Send(messages.encode(messages.Pong(message.ref)))
 
     def _strike(self, error: ClientError, now: float) -> Action:

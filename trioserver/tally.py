@@ -37,19 +37,40 @@ REFUSAL_STATUSES: Final = (
 AUTH_OUTCOMES: Final = ("ok", "missing", "invalid", "expired")
 """How the check of a client's credentials ended; ``missing``: it left without showing any."""
 
-PUBLISHED_OUTCOMES: Final = ("delivered", "nobody", "malformed")
-"""What became of a publication in one worker; ``nobody``: no connection here took it."""
+PUBLISHED_OUTCOMES: Final = (
+    *("accepted", "scheduled", "duplicate", "refused", "unavailable"),
+    *("delivered", "nobody", "malformed"),
+)
+"""What the API answered to a publisher, once per recipient; and what became of a publication in one
+worker, where ``nobody`` is: no connection here took it."""
 
-DELIVERY_SOURCES: Final = ("ephemeral",)
-"""Where a delivered notification came from."""
+DELIVERY_SOURCES: Final = ("ephemeral", "live", "backlog")
+"""Where a delivered notification came from: not kept at all, just published, or read later."""
 
-HTTP_PATHS: Final = ("/", "/healthz", "/readyz", "/health", "/metrics", OTHER)
-HTTP_STATUSES: Final = ("200", "404", "405", "431", "500", "503", OTHER)
+GAP_REASONS: Final = ("trimmed", "expired", "epoch", "failover", OTHER)
+"""Why something was lost to a client."""
+
+HTTP_PATHS: Final = (
+    *("/", "/healthz", "/readyz", "/health", "/metrics"),
+    *("/api/v1/notifications", "/api/v1/notifications/{id}"),
+    OTHER,
+)
+HTTP_STATUSES: Final = (
+    *("200", "202", "400", "401", "404", "405", "408", "409", "413", "415", "422", "431"),
+    *("500", "503"),
+    OTHER,
+)
 
 # From the few microseconds of one message to the stall of a whole loop.
 _LATENCY_BOUNDS: Final = (
     *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
     *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5),
+)
+
+# From the millisecond of a live connection to the week that the ledger keeps.
+_AGE_BOUNDS: Final = (
+    *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0),
+    *(600.0, 3600.0, 86400.0, 604800.0),
 )
 
 # From a page that was reloaded at once to a tab that stayed open all day.
@@ -133,6 +154,27 @@ class Tally:
     failed: int = 0
     """Notifications refused by an outbox (full, or closed), once per connection."""
 
+    notification_age: Buckets = attrs.field(factory=lambda: Buckets(_AGE_BOUNDS))
+    """Seconds from a notification's acceptance to the proof that a client has received it."""
+
+    gaps: dict[str, int] = attrs.field(factory=lambda: _zeros(GAP_REASONS))
+    """Gaps announced to clients, by reason."""
+
+    redeliveries: int = 0
+    """Times a client was sent again what it had not acknowledged in time."""
+
+    resumed: int = 0
+    """Connections that went on where their device or their position had stopped."""
+
+    schedule_settled: int = 0
+    """What the scheduler has delivered, expired or reported as undelivered."""
+
+    schedule_failures: int = 0
+    """Rounds of the scheduler in which not every partition was served."""
+
+    receipts_dropped: int = 0
+    """Reports to the ledger that were given up because too many waited."""
+
     notifications_malformed: int = 0
     """Publications on a user's or the broadcast channel that are no notifications."""
 
@@ -172,6 +214,10 @@ class Tally:
         """Count the end of a connection that lasted so many seconds."""
         self.closes[reason.label] += 1
         self.durations.observe(seconds)
+
+    def gap(self, reason: str) -> None:
+        """Count a gap that was announced."""
+        self.gaps[reason if reason in self.gaps else OTHER] += 1
 
     def refused(self, status: int) -> None:
         """Count a handshake refused before the upgrade."""

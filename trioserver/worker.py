@@ -21,7 +21,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable
-from typing import Final
+from typing import Final, NoReturn
 
 import attrs
 import trio
@@ -29,30 +29,43 @@ import trio
 from trioserver import child, health, logs
 from trioserver.auth import Verifier
 from trioserver.canary import Canary
-from trioserver.connection import Connection, Pace, Shared
+from trioserver.connection import Connection
 from trioserver.deflate import Compressor
 from trioserver.delivery import Delivery
 from trioserver.drain import drain
 from trioserver.endpoint import endpoint
+from trioserver.envelope import Entry
 from trioserver.errors import CloseReason
 from trioserver.hub import Hub
+from trioserver.ledger import Rules
 from trioserver.lifeline import Lifeline
 from trioserver.listener import Listener
 from trioserver.metrics import Exporter, Tally
 from trioserver.outbox import OutboxLimits
 from trioserver.pump import Door, Pump
 from trioserver.rate_limit import RateLimited
+from trioserver.reader import Reader
+from trioserver.receipts import Receipts
 from trioserver.redis_link import open_link
 from trioserver.settings import Settings
+from trioserver.shared import Pace, Shared
 from trioserver.statedir import StateDir
 from trioserver.status import CONTROL_FD, LISTEN_FD, Beat, Drain
 from trioserver.subscription import Subscription
+from trioserver.track import Track
 
 FULL_SHARE: Final = 0.95
 """Of the descriptors, how many may be connections; the rest is for Redis, logs and luck."""
 
 UNEVEN: Final = 1.2
 """SO_REUSEPORT spreads by hash: the fullest worker has about this many times its share."""
+
+
+CATCH_UP_PER_TURN: Final = 256
+"""Connections that are told to look into the ledger between two checkpoints."""
+
+LAST_REPORTS_SECONDS: Final = 1.0
+"""At the end, for telling the ledger what clients have received."""
 
 
 @attrs.frozen(kw_only=True)
@@ -104,8 +117,10 @@ class Worker:
         prefix = settings.channel_prefix
         user_channel = prefix + settings.user_channel
         broadcast = (prefix + settings.broadcast_channel).encode()
+        head: Track[Entry] = Track()
         self._delivery = Delivery(
             hub=hub,
+            head=head,
             tally=self.tally,
             broadcast_topic=broadcast,
             max_payload=settings.notification_max_size,
@@ -119,11 +134,20 @@ class Worker:
             target, self._receive, self._link_changed, client_name=self._client_name
         )
         self._subscription.follow(broadcast)
+        rules = Rules.of(settings)
+        self._reader = Reader(self._log_bug, lambda problem: self._log_trouble("read", problem))
+        self._receipts = Receipts(
+            rules, self.tally, self._log_bug, lambda problem: self._log_trouble("told", problem)
+        )
         before, after = user_channel.split("{user}")
         self._shared = shared = Shared(
             pump=self.pump,
             hub=hub,
             follower=self._subscription,
+            reader=self._reader,
+            receipts=self._receipts,
+            rules=rules,
+            head=head,
             verifier=Verifier(settings),
             tally=self.tally,
             pace=Pace(
@@ -133,6 +157,8 @@ class Worker:
                 idle_timeout=settings.connection_timeout,
                 write_wait=settings.ws_write_wait,
                 auth_timeout=settings.auth_timeout,
+                ack_wait=settings.ack_wait,
+                max_redeliveries=settings.max_redeliveries,
             ),
             outbox_limits=OutboxLimits(
                 max_bytes=settings.outbox_max_bytes, max_frames=settings.outbox_max_frames
@@ -170,6 +196,10 @@ class Worker:
         )
         self._exporter = Exporter(self.tally, state.metrics_dir, identity.name)
         self._drain_began: float | None = None
+        self._came_back = trio.Event()
+        """Set when the subscription is up again."""
+        self._last_reports = trio.Event()
+        """Set when nobody is connected any more."""
 
     async def run(self) -> None:
         """Serve until told to drain, then drain; returns when the last connection is gone."""
@@ -178,7 +208,8 @@ class Worker:
             services.start_soon(self.pump.run)
             services.start_soon(self.pump.run_timers)
             services.start_soon(child.keep_counting, self.tally, self._exporter, self._refresh)
-            services.start_soon(self._talk_to_redis)
+            reported = trio.Event()
+            services.start_soon(self._talk_to_redis, reported)
             async with trio.open_nursery() as connections:
                 self._listener.open(connections)
                 self._door.unlock()
@@ -187,19 +218,23 @@ class Worker:
                 _settle_garbage_collector()
                 order = await self.lifeline.wait_drain()
                 over = await self._drain(order, connections.cancel_scope)
+            self._last_reports.set()
             # Goodbyes may still be on their way through sockets that linger.
             with trio.move_on_at(over):
                 await self.pump.wait_settled(self._door)
             if self._door.open:
                 self._door.empty()
                 self._door.lock()
+            with trio.move_on_after(LAST_REPORTS_SECONDS):
+                await reported.wait()
             services.cancel_scope.cancel()
         self.pump.close()
         self._refresh(trio.current_time())
         self._exporter.close()
         self._log.info("worker ended")
 
-    async def _talk_to_redis(self) -> None:
+    async def _talk_to_redis(self, reported: trio.Event) -> None:
+        """Be connected to Redis until nobody needs it; ``reported`` is set when all was said."""
         async with (
             open_link(
                 self._target,
@@ -218,11 +253,36 @@ class Worker:
             )
             nursery.start_soon(self._subscription.run)
             nursery.start_soon(self._canary.run)
+            nursery.start_soon(self._reader.run, link)
+            nursery.start_soon(self._receipts.run, link)
+            nursery.start_soon(self._catch_up)
+            await self._last_reports.wait()
+            with trio.move_on_after(LAST_REPORTS_SECONDS):
+                await self._receipts.finish(link)
+            reported.set()
+            nursery.cancel_scope.cancel()
 
     def _link_changed(self) -> None:
+        if not self._subscription.up:
+            self._shared.head.forget()
+        else:
+            self._came_back.set()
         if self._canary is not None:
             self._canary.link_changed()
         self._changed()
+
+    async def _catch_up(self) -> NoReturn:
+        """Have everybody look into the ledger whenever the subscription has come back.
+
+        What was published meanwhile is there, and nowhere else.
+        """
+        while True:
+            await self._came_back.wait()
+            self._came_back = trio.Event()
+            for number, connection in enumerate(tuple(self._shared.connections)):
+                connection.catch_up()
+                if number % CATCH_UP_PER_TURN == 0:
+                    await trio.lowlevel.checkpoint()
 
     def _receive(self, channel: bytes, payload: bytes) -> Awaitable[None] | None:
         self.tally.redis_messages += 1
@@ -314,6 +374,9 @@ class Worker:
         held_back = self._quiet.due(event, trio.current_time())
         if held_back is not None:
             self._log.warning(event, problem=problem, held_back=held_back, **fields)
+
+    def _log_trouble(self, what: str, problem: str) -> None:
+        self._log_quietly(f"the ledger cannot be {what}", problem)
 
     def _log_end(self, connection: Connection, reason: CloseReason) -> None:
         self._log.debug(

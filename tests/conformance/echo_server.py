@@ -36,16 +36,20 @@ import trio
 from supervisor.doors import Address, Buffers, open_doors
 from trioserver import frames
 from trioserver.auth import Claims, Verifier
-from trioserver.connection import Connection, Pace, Shared
+from trioserver.connection import Connection
 from trioserver.deflate import Compressor, inflate
 from trioserver.errors import CloseReason
 from trioserver.handshake import Request, Upgrade, upgrade
 from trioserver.hub import Hub
+from trioserver.ledger import Rules
 from trioserver.listener import Listener
 from trioserver.metrics import Tally
 from trioserver.outbox import OutboxLimits
 from trioserver.pump import Door, Pump
+from trioserver.receipts import Receipts
 from trioserver.settings import Settings
+from trioserver.shared import Pace, Shared, Waiting
+from trioserver.wish import NO_WISH, Wish
 
 SHIPPED: Final = Settings()
 
@@ -122,7 +126,7 @@ class Echo(Connection):
                 if opcode != frames.PING:
                     self._message_since = None
         if replies:
-            self._outbox.offer(b"".join(replies))
+            self.outbox.offer(b"".join(replies))
         return None
 
     def _goodbye(self, reason: CloseReason, reconnect_in_ms: int | None) -> bytes:
@@ -135,12 +139,18 @@ class EchoListener(Listener):
 
     max_fragments: int
 
-    def judge(self, request: Request) -> tuple[Upgrade, None]:
+    def judge(self, request: Request) -> tuple[Upgrade, None, Wish]:
         """Admit everybody, with compression if it may be; echoes have no users."""
-        return upgrade(request, may_deflate=self.shared.compressor is not None), None
+        return upgrade(request, may_deflate=self.shared.compressor is not None), None, NO_WISH
 
     def connection(
-        self, sock: socket.socket, greeting: bytes, claims: Claims | None, *, deflate: bool
+        self,
+        sock: socket.socket,
+        greeting: bytes,
+        claims: Claims | None,
+        wish: Wish,
+        *,
+        deflate: bool,
     ) -> Connection:
         """Make an echo."""
         return Echo(self.shared, sock, greeting, max_fragments=self.max_fragments, deflate=deflate)
@@ -153,6 +163,9 @@ class Nobody:
         """Confirm at once."""
 
     def release(self, channel: bytes) -> None:
+        """Do nothing."""
+
+    def want(self, waiter: Waiting, *, everyone: bool) -> None:
         """Do nothing."""
 
 
@@ -173,6 +186,9 @@ class EchoServer:
             pump=self.pump,
             hub=Hub(),
             follower=Nobody(),
+            reader=Nobody(),
+            receipts=Receipts(Rules(), self.tally, lambda _doing, bug: self._bug(bug), print),
+            rules=Rules(),
             verifier=Verifier(attrs.evolve(SHIPPED, jwt_secret_key="x" * 32)),
             tally=self.tally,
             pace=CALM,

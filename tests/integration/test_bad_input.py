@@ -1,5 +1,6 @@
 """Bad input gets a clear answer and costs its sender alone."""
 
+import itertools
 import json
 import os
 import socket
@@ -34,12 +35,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         assert status["workers"][0]["pid"] == after["workers"][0]["pid"]
 
 
+_NUMBERS = itertools.count()
+
+
 @pytest.fixture
 def neighbour(server: Running) -> Iterator[None]:
     """Somebody else, who must not notice anything."""
-    with client(server, "neighbour") as socket_:
+    # A new one each time: what the last one got may come again, for nobody has proved it yet.
+    name = f"neighbour-{next(_NUMBERS)}"
+    with client(server, name) as socket_:
         yield
-        server.run("publish", "--user", "neighbour", '"fine"')
+        server.run("publish", "--user", name, '"fine"')
         assert "fine" == receive(socket_)["payload"]
         assert nothing_more(socket_)
 

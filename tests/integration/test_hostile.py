@@ -52,7 +52,15 @@ from trioserver.connection import MESSAGE_SECONDS
 from trioserver.errors import AuthError
 from trioserver.frames import MAX_FRAGMENTS
 from trioserver.pump import LINGER_SECONDS
-from trioserver.session import Authenticate, Close, Send, SendError, Session
+from trioserver.session import (
+    Acknowledge,
+    Authenticate,
+    Close,
+    MarkRead,
+    Send,
+    SendError,
+    Session,
+)
 
 CONTINUATION = 0x0
 MESSAGE_LIMIT = 16 << 10
@@ -182,7 +190,11 @@ def test_a_message_may_have_128_fragments_and_not_one_more(
     with Attacker(public) as attacker:
         attacker.socket.send(frame(TEXT, payload, fin=False) + b"".join(rest))
         # It still listens: the limit is reached, not passed.
-        assert b"barrier" == attacker.ask(frame(PING, b"barrier"), PONG)[-7:]
+        answer = attacker.ask(frame(PING, b"barrier"), PONG)
+        while answer == b"between":
+            # Where the worker had read only a part of it, that has its own pong.
+            answer = attacker.ask(b"", PONG)
+        assert b"barrier" == answer
         outcome = attacker.flood(fragment, 1)
     assert 1009 == outcome.code
     assert outcome.seconds < CUT_SECONDS
@@ -445,6 +457,7 @@ def test_the_worst_messages_are_answered_in_time(text: bytes) -> None:
 
 
 VERIFIER = Verifier(wire.SETTINGS)
+ACTIONS = (Send, SendError, Authenticate, Acknowledge, MarkRead, Close)
 
 
 def assert_harmless(text: bytes, seconds: float = 0.005) -> None:
@@ -456,7 +469,7 @@ def assert_harmless(text: bytes, seconds: float = 0.005) -> None:
             before = time.thread_time()
             action = session.receive(text, 0.0, "2025-01-01T00:00:00Z")
             spent.append(time.thread_time() - before)
-            assert isinstance(action, Send | SendError | Authenticate | Close), text[:200]
+            assert isinstance(action, ACTIONS), text[:200]
             if isinstance(action, Authenticate):
                 with pytest.raises(AuthError):
                     VERIFIER.verify(action.token, 0.0)

@@ -213,13 +213,22 @@ class GatewayProcess:
         head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
         return await self.ask(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode("latin-1"), method)
 
+    async def post(
+        self, path: str, body: bytes, headers: Mapping[str, str] | None = None
+    ) -> "Answer":
+        """Return the answer to one request with a body, on a connection of its own."""
+        lines = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        lines |= {"Host": "gateway", "Connection": "close", **(headers or {})}
+        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        return await self.ask(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + body)
+
     async def ask(self, request: bytes, method: str = "GET") -> "Answer":
         """Return the answer to these bytes."""
         with trio.fail_after(LIMIT_SECONDS):
             async with await self.connect() as stream:
-                await stream.send_all(request)
                 data = b""
                 with contextlib.suppress(trio.BrokenResourceError):
+                    await stream.send_all(request)
                     async for part in stream:
                         data += part
         return Answer.parse(data, method)

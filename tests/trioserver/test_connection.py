@@ -64,7 +64,7 @@ async def test_connection_established_comes_first_and_says_who_and_how_long() ->
         expires_in = established["expires_in"]
         assert isinstance(expires_in, int)
         assert 95 <= expires_in <= 100
-        assert "reason" not in established
+        assert "new" == established["reason"]
         await client.aclose()
         await worker.settled()
 
@@ -598,7 +598,7 @@ async def test_a_client_that_does_not_read_its_answers_is_not_read() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(write)
             await until(lambda: not worker.only()._interest & 1)
-            outbox = worker.only()._outbox
+            outbox = worker.only().outbox
             assert outbox.waiting_bytes <= limits.max_bytes // 2
             await trio.sleep(0.1)
             assert outbox.waiting_bytes <= limits.max_bytes // 2
@@ -626,7 +626,7 @@ async def test_a_slow_reader_that_makes_progress_is_not_taken_for_dead() -> None
             # A third of what waits for it, so that it stays unread itself.
             assert await client.stream.receive_some(2048), worker.ends
             await trio.sleep(0.02)
-        assert not worker.only()._outbox.empty
+        assert not worker.only().outbox.empty
         assert worker.only().reason is None
         client.reset()
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.trioserver.wire import frame as masked
 from trioserver import deflate, frames
+from trioserver.envelope import Entry
 from trioserver.errors import CloseReason
 from trioserver.outbox import DeflatingOutbox, OutboxLimits
 
@@ -171,6 +172,8 @@ def test_a_deflating_outbox_compresses_what_many_get_and_nothing_else() -> None:
         def blocked(self) -> None: ...
         def overflowed(self) -> None: ...
         def broke(self) -> None: ...
+        def entered(self, _entry: Entry, *, everyone: bool) -> bool:
+            return everyone
 
     ours, theirs = socket.socketpair()
     with ours, theirs:

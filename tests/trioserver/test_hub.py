@@ -1,5 +1,8 @@
 """The hub against a dictionary of lists."""
 
+import itertools
+
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -70,11 +73,72 @@ class HubMachine(RuleBasedStateMachine):
         assert len(there) == len(self.hub)
         for topic, who in self.model.items():
             assert (topic in there) == (topic in self.hub)
-            assert len(who) == self.hub.size(topic)
+            assert len(who) == len(self.hub.outboxes(topic))
             assert {self.outboxes[i] for i in who} == set(self.hub.outboxes(topic))
 
 
 TestHub = HubMachine.TestCase
+
+
+def outboxes(count: int) -> tuple[list[Pair], list[Outbox]]:
+    """Return so many outboxes and their sockets."""
+    pairs = [Pair() for _ in range(count)]
+    return pairs, [Outbox(pair.server, OutboxLimits(), Owner()) for pair in pairs]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_topic_grows_and_shrinks_by_one(count: int) -> None:
+    """However it is kept for so many: adding and removing again, in any order, changes nothing."""
+    for order in itertools.permutations(range(count)):
+        hub, topic = Hub(), TOPICS[0]
+        pairs, all_of_them = outboxes(count)
+        for i, outbox in enumerate(all_of_them):
+            assert [i == 0, False] == [hub.add(topic, outbox), hub.add(topic, outbox)]
+            assert set(all_of_them[: i + 1]) == set(hub.outboxes(topic))
+            assert i + 1 == len(hub.outboxes(topic))
+        left = set(all_of_them)
+        for number, i in enumerate(order):
+            last = number == count - 1
+            outbox = all_of_them[i]
+            assert [last, False] == [hub.remove(topic, outbox), hub.remove(topic, outbox)]
+            left.discard(outbox)
+            assert left == set(hub.outboxes(topic))
+            assert bool(left) == (topic in hub) == bool(len(hub))
+            assert (len(left), 0) == hub.deliver(topic, b"x")
+            for pair, one in zip(pairs, all_of_them, strict=True):
+                assert (b"x" if one in left else b"") == drain(pair.client)
+        for pair in pairs:
+            pair.__exit__()
+
+
+@pytest.mark.parametrize("present", [0, 1, 2, 3])
+def test_strangers_cannot_leave(present: int) -> None:
+    """Removing who was never there is no end of the topic, whoever is there."""
+    hub, topic = Hub(), TOPICS[0]
+    pairs, all_of_them = outboxes(present + 1)
+    for outbox in all_of_them[1:]:
+        hub.add(topic, outbox)
+        hub.add(TOPICS[1], all_of_them[0])
+    assert not hub.remove(topic, all_of_them[0])
+    assert set(all_of_them[1:]) == set(hub.outboxes(topic))
+    for pair in pairs:
+        pair.__exit__()
+
+
+def test_a_snapshot_stays_as_it_was() -> None:
+    """Who goes through it may pause: who comes and goes meanwhile does not change it."""
+    hub, topic = Hub(), TOPICS[0]
+    pairs, all_of_them = outboxes(3)
+    snapshots = [hub.outboxes(topic)]
+    for outbox in all_of_them:
+        hub.add(topic, outbox)
+        snapshots.append(hub.outboxes(topic))
+    for outbox in all_of_them:
+        hub.remove(topic, outbox)
+    assert [0, 1, 2, 3] == [len(snapshot) for snapshot in snapshots]
+    assert () == hub.outboxes(topic)
+    for pair in pairs:
+        pair.__exit__()
 
 
 class Leaving(Owner):
@@ -118,7 +182,7 @@ def test_outboxes_that_break_during_a_delivery_disturb_nobody() -> None:
         if i % 3 == 0:
             assert b"frameagain" == drain(pair.client)
         pair.__exit__()
-    assert 3 == hub.size(topic)
+    assert 3 == len(hub.outboxes(topic))
     assert [1] * 3 == [owner.breaks for owner in owners[1::3]]
     assert [1] * 3 == [owner.overflows for owner in owners[2::3]]
 

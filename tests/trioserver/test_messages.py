@@ -23,10 +23,28 @@ json_values = st.recursive(
     max_leaves=10,
 )
 raws = json_values.map(lambda value: msgspec.Raw(json.dumps(value).encode()))
+devices = st.none() | st.from_regex(r"\A[!-~]{1,64}\Z")
+positions = st.none() | st.text(st.characters(codec="utf-8"), max_size=messages.MAX_POSITION)
+ids = st.from_regex(r"\A[a-z0-9-]{1,64}\Z")
+seqs = st.integers(1, 1 << 40)
 client_messages = st.one_of(
-    st.builds(messages.Auth, st.text(st.characters(codec="utf-8")), refs),
+    st.builds(
+        messages.Auth,
+        st.text(st.characters(codec="utf-8")),
+        devices,
+        positions,
+        st.booleans(),
+        refs,
+    ),
     st.builds(messages.Message, raws, refs),
     st.builds(messages.Ping, refs),
+    st.builds(messages.Ack, st.none() | seqs, st.none() | ids, refs),
+    st.builds(
+        messages.Read,
+        st.lists(ids, max_size=messages.MAX_READ),
+        st.none() | seqs | ids,
+        refs,
+    ),
 )
 
 
@@ -78,6 +96,44 @@ BOMBS: dict[str, tuple[bytes, str | None]] = {
     "token of a wrong type": (b'{"type":"auth","token":1}', "bad_message"),
     "ref of a wrong type": (b'{"type":"ping","ref":1}', "bad_message"),
     "ref too long": (b'{"type":"ping","ref":"%b"}' % (b"x" * 65), "bad_message"),
+    "device empty": (b'{"type":"auth","token":"t","device":""}', "bad_message"),
+    "device too long": (
+        b'{"type":"auth","token":"t","device":"%b"}' % (b"x" * 65),
+        "bad_message",
+    ),
+    "device with a space": (b'{"type":"auth","token":"t","device":"a b"}', "bad_message"),
+    "device with a line break": (b'{"type":"auth","token":"t","device":"a\\n"}', "bad_message"),
+    "device of a wrong type": (b'{"type":"auth","token":"t","device":1}', "bad_message"),
+    "position too long": (
+        b'{"type":"auth","token":"t","position":"%b"}' % (b"x" * 257),
+        "bad_message",
+    ),
+    "position of a wrong type": (b'{"type":"auth","token":"t","position":[]}', "bad_message"),
+    "a number for a truth": (b'{"type":"auth","token":"t","ack":1}', "bad_message"),
+    "null for a truth": (b'{"type":"auth","token":"t","ack":null}', "bad_message"),
+    "seq 0": (b'{"type":"ack","seq":0}', "bad_message"),
+    "seq negative": (b'{"type":"ack","seq":-1}', "bad_message"),
+    "seq too large": (b'{"type":"ack","seq":1099511627777}', "bad_message"),
+    "seq beyond all": (b'{"type":"ack","seq":%b}' % (b"9" * 5000), "bad_message"),
+    "seq no whole number": (b'{"type":"ack","seq":1.5}', "bad_message"),
+    "seq as text": (b'{"type":"ack","seq":"1"}', "bad_message"),
+    "seq a truth": (b'{"type":"ack","seq":true}', "bad_message"),
+    "id empty": (b'{"type":"ack","id":""}', "bad_message"),
+    "id too long": (b'{"type":"ack","id":"%b"}' % (b"x" * 65), "bad_message"),
+    "id with other characters": (b'{"type":"ack","id":"p07*"}', "bad_message"),
+    "id with a space": (b'{"type":"read","ids":["a b"]}', "bad_message"),
+    "id with a line break": (b'{"type":"read","ids":["a\\n"]}', "bad_message"),
+    "id in ack with a line break": (b'{"type":"ack","id":"a\\n"}', "bad_message"),
+    "up_to with a line break": (b'{"type":"read","up_to":"a\\n"}', "bad_message"),
+    "id of a wrong type": (b'{"type":"read","ids":[1]}', "bad_message"),
+    "ids null": (b'{"type":"read","ids":null}', "bad_message"),
+    "ids no list": (b'{"type":"read","ids":"a"}', "bad_message"),
+    "too many ids": (
+        b'{"type":"read","ids":[%b]}' % b",".join([b'"a"'] * 101),
+        "bad_message",
+    ),
+    "up_to 0": (b'{"type":"read","up_to":0}', "bad_message"),
+    "up_to of a wrong type": (b'{"type":"read","up_to":[1]}', "bad_message"),
 }
 
 
@@ -105,6 +161,15 @@ RIGHT: dict[str, bytes] = {
     "escaped": b'{"\\u0074ype":"message"}',
     "escaped NUL": b'{"type":"ping","ref":"\\u0000"}',
     "ref of 64": b'{"type":"ping","ref":"%b"}' % (b"x" * 64),
+    "auth with everything": b'{"type":"auth","token":"t","device":"%b","position":"%b","ack":true}'
+    % (b"~" * 64, b"x" * 256),
+    "auth with nulls": b'{"type":"auth","token":"t","device":null,"position":null,"ref":null}',
+    "an empty position": b'{"type":"auth","token":"t","position":""}',
+    "the largest seq": b'{"type":"ack","seq":1099511627776}',
+    "a hundred ids": b'{"type":"read","ids":[%b]}' % b",".join([b'"a"'] * 100),
+    "an id of 64": b'{"type":"ack","id":"%b"}' % (b"x" * 64),
+    "up_to a seq": b'{"type":"read","up_to":5}',
+    "up_to an id": b'{"type":"read","up_to":"p07-0192f0c4"}',
 }
 
 
@@ -112,6 +177,121 @@ RIGHT: dict[str, bytes] = {
 def test_odd_messages_that_are_right(name: str) -> None:
     """Unknown fields and strange but valid JSON are no errors."""
     messages.decode(RIGHT[name])
+
+
+def test_defaults_of_what_clients_may_leave_out() -> None:
+    """A client that knows only the first release says no more than it did."""
+    assert messages.Auth("t", None, None, False, None) == messages.decode(
+        b'{"type":"auth","token":"t"}'
+    )
+    assert messages.Ack(None, None, None) == messages.decode(b'{"type":"ack"}')
+    assert messages.Read([], None, None) == messages.decode(b'{"type":"read"}')
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            messages.Durable(
+                "mail", "p07-x", 3, msgspec.Raw(b'{"a": 1}'), "T", "1.e0.1-12288", 1, 0
+            ),
+            {
+                "type": "mail",
+                "id": "p07-x",
+                "seq": 3,
+                "payload": {"a": 1},
+                "timestamp": "T",
+                "position": "1.e0.1-12288",
+                "attempt": 1,
+                "unread": 0,
+            },
+        ),
+        (
+            messages.Durable("mail", "all-x", 3, messages.NULL, "T", "p", 2, None, "all", "00-1"),
+            {
+                "type": "mail",
+                "id": "all-x",
+                "seq": 3,
+                "payload": None,
+                "timestamp": "T",
+                "position": "p",
+                "attempt": 2,
+                "stream": "all",
+                "traceparent": "00-1",
+            },
+        ),
+        (
+            messages.Gap(0, 0, 0, "epoch"),
+            {"type": "gap", "from_seq": 0, "to_seq": 0, "missing": 0, "reason": "epoch"},
+        ),
+        (
+            messages.Gap(1, 9, 8, "trimmed", "all"),
+            {
+                "type": "gap",
+                "from_seq": 1,
+                "to_seq": 9,
+                "missing": 8,
+                "reason": "trimmed",
+                "stream": "all",
+            },
+        ),
+        (
+            messages.Update("p07-x", "read", "p", 0),
+            {"type": "update", "id": "p07-x", "state": "read", "position": "p", "unread": 0},
+        ),
+        (
+            messages.Update("all-x", "expired", "p", None, "all"),
+            {"type": "update", "id": "all-x", "state": "expired", "position": "p", "stream": "all"},
+        ),
+        (messages.Acked(0, "r"), {"type": "ack", "seq": 0, "ref": "r"}),
+        (messages.Marked(0, "r"), {"type": "read", "unread": 0, "ref": "r"}),
+    ],
+)
+def test_what_the_ledger_says_on_the_wire(
+    message: msgspec.Struct, expected: dict[str, object]
+) -> None:
+    """A zero is said, what does not apply is left out."""
+    assert expected == json.loads(messages.encode(message))
+
+
+# Stored payloads.
+
+
+@given(raws)
+def test_a_good_payload_goes_out_as_it_is(payload: msgspec.Raw) -> None:
+    """Byte by byte."""
+    assert bytes(payload) == bytes(messages.checked(bytes(payload)))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b" ",
+        b"hello",
+        b"{",
+        b'{"a":1}{',
+        b'"\xff"',
+        b'{"a":"\xed\xa0\x80"}',
+        b'"\xc3"',
+        b"NaN",
+        b"007",
+        b'"\x01"',
+        b'"\\ud800"',
+        b"[" * 200_000 + b"]" * 200_000,
+        b"\xef\xbb\xbf1",
+    ],
+)
+def test_a_bad_payload_becomes_null(payload: bytes) -> None:
+    """Someone else's script may have stored anything; a frame must be JSON in UTF-8."""
+    assert messages.NULL == messages.checked(payload)
+
+
+@given(st.binary())
+def test_any_stored_bytes_become_json(payload: bytes) -> None:
+    """Whatever was stored, the frame around it can be parsed."""
+    durable = messages.Durable("mail", "p07-x", 1, messages.checked(payload), "T", "p", 1)
+    json.loads(messages.encode(durable).decode(), parse_constant=pytest.fail)
 
 
 # Raw publications.

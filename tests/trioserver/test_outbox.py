@@ -1,7 +1,9 @@
 """The outbox over real sockets with tiny buffers, against a list as its model."""
 
 import contextlib
+import random
 import socket
+import zlib
 
 import pytest
 from hypothesis import settings
@@ -9,7 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.trioserver.wire import Pair
-from trioserver.outbox import CROWD_BYTES, Outbox, OutboxLimits
+from trioserver import frames
+from trioserver.deflate import Compressor
+from trioserver.envelope import Change, Entry
+from trioserver.outbox import CROWD_BYTES, DeflatingOutbox, Outbox, OutboxLimits
 
 
 class Owner:
@@ -19,6 +24,7 @@ class Owner:
         self.blocks = 0
         self.overflows = 0
         self.breaks = 0
+        self.entries: list[tuple[Entry, bool]] = []
 
     def blocked(self) -> None:
         """Count."""
@@ -31,6 +37,11 @@ class Owner:
     def broke(self) -> None:
         """Count."""
         self.breaks += 1
+
+    def entered(self, entry: Entry, *, everyone: bool) -> bool:
+        """Keep it."""
+        self.entries.append((entry, everyone))
+        return True
 
 
 def drain(sock: socket.socket, most: int = 1 << 20) -> bytes:
@@ -350,3 +361,122 @@ def test_crowded_comes_at_a_quarter(limits: OutboxLimits) -> None:
         other.cork()
         assert other.offer(b"x" * (CROWD_BYTES // 4 + 1))
         assert other.crowded
+
+
+PING = b"\x89\x04here"
+WORDS = frames.encode_text(b'{"type":"notification","payload":"%b"}' % (b"again " * 1000))
+
+
+def made_deflating(pair: Pair, max_bytes: int = 0) -> tuple[DeflatingOutbox, Owner]:
+    """Return an outbox that compresses, on one end."""
+    owner = Owner()
+    limits = OutboxLimits(max_bytes=max_bytes, max_frames=0)
+    return DeflatingOutbox(pair.server, limits, owner, Compressor()), owner
+
+
+def inflated(data: bytes) -> tuple[bytes, bytes]:
+    """Return the text of the one compressed frame in ``data``, and what follows it."""
+    assert 0xC1 == data[0], "final, compressed, text"
+    assert 126 != data[1], "short enough for one byte of length"
+    size = data[1]
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    text = inflate.decompress(data[2 : 2 + size] + b"\0\0\xff\xff")
+    return text, data[2 + size :]
+
+
+def test_a_frame_leaves_together_with_its_ping() -> None:
+    """In this order and in one write, so that the pong speaks of the frame before it."""
+    with Pair() as pair:
+        outbox, owner = made(pair)
+        assert outbox.deliver_with(b"frame", PING)
+        assert b"frame" + PING == drain(pair.client)
+        assert outbox.empty
+        assert 0 == owner.blocks
+
+
+def test_a_ping_behind_a_compressed_frame_is_not_compressed() -> None:
+    """RFC 7692: a control frame never is."""
+    with Pair(1 << 16) as pair:
+        outbox, _ = made_deflating(pair)
+        assert outbox.deliver_with(WORDS, PING)
+        data = drain(pair.client)
+        assert len(data) < len(WORDS)
+        assert (frames.payload_of(WORDS), PING) == inflated(data)
+        assert outbox.deliver_with(frames.encode_text(b"{}"), PING)
+        assert frames.encode_text(b"{}") + PING == drain(pair.client)
+
+
+def test_a_frame_is_compressed_once_with_and_without_a_ping() -> None:
+    """Some connections of a user are due for a ping, others are not."""
+    with Pair(1 << 16) as pair:
+        outbox, _ = made_deflating(pair)
+        assert outbox.deliver(WORDS)
+        alone = drain(pair.client)
+        packed = outbox._compressor._packed
+        assert outbox.deliver_with(WORDS, PING)
+        assert alone + PING == drain(pair.client)
+        assert packed is outbox._compressor._packed
+
+
+@pytest.mark.parametrize("deflating", [False, True])
+def test_a_frame_and_its_ping_wait_and_are_refused_together(*, deflating: bool) -> None:
+    """Half of the two would be a ping for nothing, or a frame that is told to be lost."""
+    maker = made_deflating if deflating else made
+    noise = random.Random(1).randbytes(20_000)
+    for too_much in (0, 1):
+        with Pair() as pair:
+            outbox, owner = maker(pair, 20_000)
+            fill(outbox)
+            head = frames.encode_text(noise)[:4]
+            room = 20_000 - outbox.waiting_bytes - len(head) - len(PING)
+            frame = frames.encode_text(noise[: room + too_much])
+            assert bool(too_much) != outbox.deliver_with(frame, PING)
+            assert (too_much, bool(too_much)) == (owner.overflows, outbox.closed)
+            assert too_much or 20_000 == outbox.waiting_bytes
+            assert bool(too_much) != everything(outbox, pair).endswith(frame + PING)
+
+
+@pytest.mark.parametrize("deflating", [False, True])
+def test_a_frame_and_its_ping_are_held_while_corked(*, deflating: bool) -> None:
+    """They are one of the frames that wait for the first message."""
+    with Pair(1 << 16) as pair:
+        outbox, _ = (made_deflating if deflating else made)(pair)
+        outbox.cork()
+        assert outbox.deliver_with(b"\x81\x05frame", PING)
+        assert b"" == drain(pair.client)
+        outbox.uncork(b"first")
+        assert b"first\x81\x05frame" + PING == drain(pair.client)
+
+
+@pytest.mark.parametrize("deflating", [False, True])
+def test_a_frame_and_its_ping_on_a_broken_socket(*, deflating: bool) -> None:
+    """The owner is told once, as of any frame."""
+    with Pair() as pair:
+        outbox, owner = (made_deflating if deflating else made)(pair)
+        pair.server.shutdown(socket.SHUT_WR)
+        assert not outbox.deliver_with(WORDS, PING)
+        assert not outbox.deliver_with(WORDS, PING)
+        assert (1, 0) == (owner.breaks, owner.overflows)
+
+
+class Hesitant(Owner):
+    """Wants every second entry."""
+
+    def entered(self, entry: Entry, *, everyone: bool) -> bool:
+        """Keep it; say whether it is wanted."""
+        super().entered(entry, everyone=everyone)
+        return len(self.entries) % 2 == 1
+
+
+@pytest.mark.parametrize("everyone", [False, True])
+def test_entries_of_the_ledger_are_for_the_owner_to_judge(*, everyone: bool) -> None:
+    """The outbox itself sends nothing, whatever its state, and hands back the answer."""
+    entry = Change("e0.0-0", "e0.1-1", 0, "read", ["p07-x"])
+    with Pair() as pair:
+        owner = Hesitant()
+        outbox = Outbox(pair.server, OutboxLimits(), owner)
+        assert [True, False] == [outbox.enter(entry, everyone=everyone) for _ in range(2)]
+        outbox.abandon()
+        assert outbox.enter(entry, everyone=everyone)
+        assert [(entry, everyone)] * 3 == owner.entries
+        assert b"" == drain(pair.client)

@@ -10,13 +10,16 @@ from trioserver.errors import CloseReason
 from trioserver.session import (
     MAX_STRIKES,
     STRIKE_SECONDS,
+    Acknowledge,
     Action,
     Authenticate,
     Close,
+    MarkRead,
     Send,
     SendError,
     Session,
 )
+from trioserver.wish import NO_WISH, Wish
 
 NOW = 1000.0
 STAMP = "2026-11-20T06:19:42.000Z"
@@ -62,6 +65,17 @@ def test_messages_are_counted_and_answered() -> None:
         ("ann", {"type": "nope", "ref": "r"}, ("unknown_type", "r")),
         ("ann", b"hello", ("bad_json", None)),
         ("ann", {"type": "message", "ref": 1}, ("bad_message", None)),
+        ("ann", {"type": "ack", "ref": "r"}, ("bad_message", "r")),
+        ("ann", {"type": "ack", "seq": 1, "id": "p07-x", "ref": "r"}, ("bad_message", "r")),
+        ("ann", {"type": "ack", "seq": 0, "ref": "r"}, ("bad_message", "r")),
+        ("ann", {"type": "read", "ref": "r"}, ("bad_message", "r")),
+        ("ann", {"type": "read", "ids": [], "ref": "r"}, ("bad_message", "r")),
+        ("ann", {"type": "read", "ids": ["p07-x"], "up_to": 1}, ("bad_message", None)),
+        ("ann", {"type": "auth", "token": "t", "device": "a b"}, ("bad_message", None)),
+        (None, {"type": "auth", "token": "t", "position": "x" * 257}, ("bad_message", None)),
+        (None, {"type": "ack", "seq": 1, "ref": "r"}, ("unauthenticated", "r")),
+        (None, {"type": "ack", "ref": "r"}, ("unauthenticated", "r")),
+        (None, {"type": "read", "ids": ["p07-x"], "ref": "r"}, ("unauthenticated", "r")),
         (None, {"type": "ping", "ref": "r"}, ("unauthenticated", "r")),
         (None, {"type": "message", "ref": "r"}, ("unauthenticated", "r")),
         (None, {"type": "nope", "ref": "r"}, ("unknown_type", "r")),
@@ -93,6 +107,44 @@ def test_auth_changes_the_state_and_errors_before_it_count_nothing() -> None:
     assert session.user is None
     session.authenticated("ann")
     assert 1 == reply(say(session, {"type": "message"}))["count"]
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"type": "ack", "seq": 7}, Acknowledge(7, "", None)),
+        ({"type": "ack", "seq": 7, "id": None, "ref": "r"}, Acknowledge(7, "", "r")),
+        ({"type": "ack", "id": "p07-x", "ref": "r"}, Acknowledge(0, "p07-x", "r")),
+        ({"type": "read", "ids": ["p07-x", "p07-y"]}, MarkRead(["p07-x", "p07-y"], 0, None)),
+        ({"type": "read", "ids": ["p07-x"], "ref": "r"}, MarkRead(["p07-x"], 0, "r")),
+        ({"type": "read", "up_to": 7, "ref": "r"}, MarkRead([], 7, "r")),
+        ({"type": "read", "up_to": "p07-x"}, MarkRead([], "p07-x", None)),
+        ({"type": "read", "ids": [], "up_to": 1}, MarkRead([], 1, None)),
+    ],
+)
+def test_what_the_ledger_is_to_be_told(message: object, expected: Action) -> None:
+    """Acks and reads become actions that name one thing, with the ref that wants an answer."""
+    session = Session("ann")
+    assert expected == say(session, message)
+    assert 0 == session.count, "no message of the user's"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, NO_WISH),
+        (
+            {"device": "phone", "position": "1.e0.1-1", "ack": True},
+            Wish(device="phone", position="1.e0.1-1", ack=True),
+        ),
+    ],
+)
+def test_auth_says_where_the_client_wants_to_go_on(
+    fields: dict[str, object], expected: Wish
+) -> None:
+    """What a handshake says in its query, a first message says beside its token."""
+    action = say(Session(), {"type": "auth", "token": "t", **fields})
+    assert Authenticate("t", expected) == action
 
 
 def test_twenty_malformed_messages_in_ten_seconds_end_it() -> None:
@@ -132,7 +184,17 @@ def test_closing_from_outside_is_final() -> None:
         assert say(session, message) is None
 
 
-@given(st.lists(st.sampled_from([b"?", b'{"type":"ping"}', b'{"type":"message"}', b"{}"])))
+HISTORY = [
+    b"?",
+    b'{"type":"ping"}',
+    b'{"type":"message"}',
+    b"{}",
+    b'{"type":"ack","seq":1}',
+    b'{"type":"read"}',
+]
+
+
+@given(st.lists(st.sampled_from(HISTORY)))
 def test_the_same_history_gives_the_same_actions(history: list[bytes]) -> None:
     """No clock, no randomness; exactly one action each until closed, then none."""
     one, two = Session("ann"), Session("ann")

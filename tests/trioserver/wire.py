@@ -21,15 +21,18 @@ import trio
 
 from trioserver import health
 from trioserver.auth import Verifier, sign
-from trioserver.connection import Connection, Pace, Shared
+from trioserver.connection import Connection
 from trioserver.delivery import Delivery
 from trioserver.errors import CloseReason
 from trioserver.hub import Hub
+from trioserver.ledger import Item, Page, Rules
 from trioserver.listener import Listener
 from trioserver.metrics import Tally
 from trioserver.outbox import OutboxLimits
 from trioserver.pump import Door, Peer, Pump
+from trioserver.receipts import Receipts
 from trioserver.settings import Settings
+from trioserver.shared import Followed, Pace, Shared, Waiting
 
 LIMIT: Final = 15.0
 """Absolute limit of a network test, in seconds of its clock."""
@@ -213,13 +216,13 @@ class Confirmation:
     """What connections wait for until their topic is followed."""
 
     def __init__(self) -> None:
-        self.waiters: list[Connection] = []
+        self.waiters: list[Followed] = []
 
-    def notify(self, waiter: Connection) -> None:
+    def notify(self, waiter: Followed) -> None:
         """Note who waits."""
         self.waiters.append(waiter)
 
-    def forget(self, waiter: Connection) -> None:
+    def forget(self, waiter: Followed) -> None:
         """Note who no longer waits."""
         if waiter in self.waiters:
             self.waiters.remove(waiter)
@@ -255,6 +258,40 @@ class Follower:
         self.pending.pop(channel).confirm()
 
 
+class Reading:
+    """Stands where the reader stands; nobody has missed anything, unless told otherwise."""
+
+    def __init__(self) -> None:
+        self.patient = False
+        """Whether pages come only by `answer`."""
+        self.wanted: list[tuple[Waiting, bool]] = []
+
+    def want(self, waiter: Waiting, *, everyone: bool) -> None:
+        """Answer at once, or note who waits."""
+        if self.patient:
+            self.wanted.append((waiter, everyone))
+        elif waiter.question(everyone=everyone) is not None:
+            waiter.answered(page(), everyone=everyone)
+
+    def answer(self, found: Page) -> None:
+        """Give a page to the one who has waited longest."""
+        waiter, everyone = self.wanted.pop(0)
+        waiter.answered(found, everyone=everyone)
+
+
+def page(
+    *items: Item,
+    start: str = "0-0",
+    reached: str = "0-0",
+    unread: int = 0,
+    more: bool = False,
+    why: str = "new",
+    all_point: str = "",
+) -> Page:
+    """Return a page of the ledger; an empty one by default."""
+    return Page("e0", start, reached, unread, more, why, all_point, list(items))
+
+
 @attrs.define(eq=False, kw_only=True)
 class Worker:
     """The hot path of one worker."""
@@ -262,6 +299,7 @@ class Worker:
     shared: Shared
     listener: Listener
     follower: Follower
+    reading: Reading
     delivery: Delivery
     door: Door
     port: int
@@ -397,12 +435,15 @@ async def running(
     door_sock.setblocking(False)
     if send_buffer:
         door_sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    hub, tally, follower = Hub(), Tally(), Follower()
+    hub, tally, follower, reading = Hub(), Tally(), Follower(), Reading()
     pump = Pump(bugs.append)
     shared = Shared(
         pump=pump,
         hub=hub,
         follower=follower,
+        reader=reading,
+        receipts=Receipts(Rules(), tally, lambda _what, bug: bugs.append(bug), print),
+        rules=Rules(),
         verifier=Verifier(SETTINGS),
         tally=tally,
         pace=pace,
@@ -426,6 +467,7 @@ async def running(
     )
     delivery = Delivery(
         hub=hub,
+        head=shared.head,
         tally=tally,
         broadcast_topic=BROADCAST,
         max_payload=10 << 10,
@@ -443,6 +485,7 @@ async def running(
                         shared=shared,
                         listener=listener,
                         follower=follower,
+                        reading=reading,
                         delivery=delivery,
                         door=door,
                         port=door_sock.getsockname()[1],

@@ -7,7 +7,11 @@ the metric files of all processes.
     __main__      what the supervisor starts: settings, signals, order of start and end
     serve         Hypercorn, kept running, and its end with a deadline
     front         around every request: limits, request id, access log, counting
+    body          the body of a request, read to its end whether anybody wants it or not
     app           the routes
+    problem       what is answered to what cannot be served
+    api, api_keys, publish_request, life_page
+                  publishing, and what became of it; who may ask
     probe         one question for all who ask at the same time
     redis_watch   whether Redis answers
     scrape        metric files in, sums out

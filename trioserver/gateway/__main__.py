@@ -4,7 +4,8 @@ The supervisor runs ``python -m trioserver.gateway --generation G`` with the des
 `trioserver.status`. Nesting spells the order of the end, from the inside out:
 
     last resort     ends the process when the time is over, whatever still hangs
-      services      signs of life, questions, pings, counts, old logs
+      link          to Redis
+      services      signs of life, questions, pings, counts, the schedule, old logs
         server      answers requests, until the drain stops it
 
 It is *ready* while it accepts; Redis and the workers have nothing to do with it, for it is there to
@@ -17,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 import trio
@@ -25,17 +27,22 @@ from trioserver import child, log_sweep, logs, metric_archive
 from trioserver.control_client import ask_status
 from trioserver.endpoint import endpoint
 from trioserver.errors import CommandError
+from trioserver.gateway.api import Api
+from trioserver.gateway.api_keys import ApiKeys
 from trioserver.gateway.app import Sources, make_app
-from trioserver.gateway.front import Front
+from trioserver.gateway.front import Application, Front
 from trioserver.gateway.probe import Probe
 from trioserver.gateway.redis_watch import RedisWatch
 from trioserver.gateway.scrape import Scrape, Scraper
 from trioserver.gateway.serve import Server
 from trioserver.gateway.usage import Usage, processes, usage
+from trioserver.ledger import Rules
 from trioserver.lifeline import Lifeline
 from trioserver.metric_archive import Generations
 from trioserver.metrics import Exporter, Tally
-from trioserver.redis_link import open_link
+from trioserver.publisher import TrioPublisher
+from trioserver.redis_link import RedisLink, open_link
+from trioserver.scheduler import Scheduler
 from trioserver.settings import Settings
 from trioserver.statedir import StateDir
 from trioserver.status import CONTROL_FD, LISTEN_FD, Beat, StatusReply
@@ -94,15 +101,7 @@ class Gateway:
             timeout_seconds=ASK_SECONDS,
         )
         self._redis = RedisWatch()
-        sources = Sources(
-            pool=self._pool,
-            scrape=self._scrape,
-            usage=self._usage,
-            redis=lambda: self._redis.latest,
-            draining=lambda: self._draining,
-            uptime=lambda: trio.current_time() - self._started_at,
-        )
-        self._server = Server(Front(make_app(sources), self._tally), LISTEN_FD)
+        self._server: Server | None = None
         self._lifeline = Lifeline(
             CONTROL_FD,
             self._report,
@@ -118,33 +117,78 @@ class Gateway:
         """
         async with trio.open_nursery() as outermost:
             outermost.start_soon(self._last_resort)
-            async with trio.open_nursery() as services:
+            async with self._open_link() as link, trio.open_nursery() as services:
                 await services.start(self._lifeline.run)
                 services.start_soon(child.keep_counting, self._tally, self._exporter)
                 for service in (
                     self._pool.run,
                     self._scrape.run,
                     self._usage.run,
-                    self._watch_redis,
                     self._fold,
                     self._sweep_logs,
                 ):
                     services.start_soon(service)
-                async with trio.open_nursery() as doors:
-                    await doors.start(self._server.run)
-                    self._lifeline.started()
-                    self._lifeline.changed()
-                    self._log.info("gateway started", pid=os.getpid())
-                    await self._drain()
+                services.start_soon(self._redis.run, link)
+                services.start_soon(self._scheduler(link).run)
+                await self._serve(link)
                 services.cancel_scope.cancel()
             outermost.cancel_scope.cancel()
         self._exporter.close()
         self._log.info("gateway ended")
 
+    def _scheduler(self, link: RedisLink) -> Scheduler:
+        tally = self._tally
+
+        def settled(count: int) -> None:
+            tally.schedule_settled += count
+
+        def failed() -> None:
+            tally.schedule_failures += 1
+
+        return Scheduler(link, Rules.of(self._settings), settled=settled, failed=failed)
+
+    async def _serve(self, link: RedisLink) -> None:
+        """Answer requests until the drain is over."""
+        self._server = server = Server(Front(self._app(link), self._tally), LISTEN_FD)
+        async with trio.open_nursery() as doors:
+            await doors.start(server.run)
+            self._lifeline.started()
+            self._lifeline.changed()
+            self._log.info("gateway started", pid=os.getpid())
+            await self._drain(server)
+
+    def _app(self, link: RedisLink) -> Application:
+        sources = Sources(
+            pool=self._pool,
+            scrape=self._scrape,
+            usage=self._usage,
+            redis=lambda: self._redis.latest,
+            draining=lambda: self._draining,
+            uptime=lambda: trio.current_time() - self._started_at,
+        )
+        api = Api(
+            ApiKeys(self._settings.api_keys or ()),
+            TrioPublisher(link, settings=self._settings),
+            max_payload=self._settings.notification_max_size,
+            count=self._count_published,
+        )
+        return make_app(sources, api)
+
+    def _open_link(self) -> AbstractAsyncContextManager[RedisLink]:
+        return open_link(
+            self._target,
+            client_name="trioserver-gateway",
+            lanes=self._settings.redis_pool_size,
+            observe=self._tally.redis_latency.observe,
+        )
+
+    def _count_published(self, outcome: str) -> None:
+        self._tally.published[outcome] += 1
+
     def _report(self) -> Beat:
         if self._draining:
             return Beat(ready=False, why="draining")
-        ready = self._server.accepting
+        ready = self._server is not None and self._server.accepting
         return Beat(ready=ready, why="" if ready else "not serving")
 
     async def _ask_pool(self) -> StatusReply | None:
@@ -211,15 +255,6 @@ class Gateway:
             self._tally.bad_metric_files += len(files)
             self._log.warning("metric files were set aside", files=files)
 
-    async def _watch_redis(self) -> None:
-        async with open_link(
-            self._target,
-            client_name="trioserver-gateway",
-            lanes=1,
-            observe=self._tally.redis_latency.observe,
-        ) as link:
-            await self._redis.run(link)
-
     async def _sweep_logs(self) -> None:
         """Compress and delete old log files, of all processes, once an hour."""
         if self._settings.log_dir is None:
@@ -233,7 +268,7 @@ class Gateway:
                 self._log.warning("log files could not be put away", files=swept.failed)
             await trio.sleep(SWEEP_SECONDS)
 
-    async def _drain(self) -> None:
+    async def _drain(self, server: Server) -> None:
         """Wait for the order to finish, and have the server finish."""
         order = await self._lifeline.wait_drain()
         # During a reload only this gateway goes, at once, and its successor answers already on
@@ -244,7 +279,7 @@ class Gateway:
             with trio.move_on_after(order.propagation):
                 order = await self._lifeline.wait_hurry()
         self._draining = True
-        self._server.stop(min(GRACE_SECONDS, max(0.0, order.seconds - order.propagation) / 2))
+        server.stop(min(GRACE_SECONDS, max(0.0, order.seconds - order.propagation) / 2))
         self._lifeline.changed()
 
     async def _last_resort(self) -> None:

@@ -5,6 +5,8 @@
     GET /health    the pool, Redis and counts, for people and dashboards; 503 if degraded
     GET /metrics   Prometheus's text, or JSON for those who ask for it
 
+and those of the API (see `trioserver.gateway.api`).
+
 Everything else is a 404 or 405 as problem details (RFC 9457).
 
 Readiness is the supervisor's word, asked for at most ten times a second however many ask us: a slot
@@ -29,8 +31,17 @@ from starlette.routing import Route
 
 from trioserver import health
 from trioserver.gateway import metrics_page
+from trioserver.gateway.api import Api
 from trioserver.gateway.pool_metrics import pool_metrics
 from trioserver.gateway.probe import Probe
+from trioserver.gateway.problem import (
+    Problem,
+    answer_bug,
+    answer_headers,
+    answer_problem,
+    json_response,
+    problem_response,
+)
 from trioserver.gateway.redis_watch import RedisPing
 from trioserver.gateway.scrape import Scrape
 from trioserver.gateway.usage import Usage
@@ -65,7 +76,7 @@ class Sources:
     """Seconds since this process started: for when the supervisor does not say."""
 
 
-def make_app(sources: Sources) -> Starlette:
+def make_app(sources: Sources, api: Api) -> Starlette:
     """Return the ASGI application, without what is around every request (see `front`)."""
     routes = _Routes(sources)
     app = Starlette(
@@ -74,8 +85,13 @@ def make_app(sources: Sources) -> Starlette:
             Route("/readyz", routes.readyz),
             Route("/health", routes.health),
             Route("/metrics", routes.metrics),
+            *api.routes(),
         ],
-        exception_handlers={HTTPException: _problem, Exception: _internal_error},
+        exception_handlers={
+            HTTPException: answer_problem,
+            Problem: answer_problem,
+            Exception: answer_bug,
+        },
     )
     # A redirect would be built from the Host header, which is whatever the client says.
     app.router.redirect_slashes = False
@@ -96,12 +112,12 @@ class _Routes:
         self._latest: _Page | None = None
 
     async def healthz(self, _request: Request) -> Response:
-        return _json(health.liveness_body())
+        return json_response(health.liveness_body())
 
     async def readyz(self, _request: Request) -> Response:
         ready, why = self._readiness(await self._sources.pool.get())
         body = health.readiness_body(ready=ready, why=why)
-        return _json(body, HTTPStatus.OK if ready else UNAVAILABLE)
+        return json_response(body, HTTPStatus.OK if ready else UNAVAILABLE)
 
     async def health(self, _request: Request) -> Response:
         reply, scraped, _ = await self._ask_all()
@@ -114,12 +130,12 @@ class _Routes:
             users=_users(scraped),
             uptime_seconds=self._uptime(reply),
         )
-        return _json(state.body(time.time()), state.status)
+        return json_response(state.body(time.time()), state.status)
 
     async def metrics(self, request: Request) -> Response:
         reply, scraped, used = await self._ask_all()
         if scraped is None:
-            return _problem_response(UNAVAILABLE, "The metric files could not be read in time.")
+            return problem_response(UNAVAILABLE, "The metric files could not be read in time.")
         if prefers_json(request.headers.get("accept", "")):
             body = metrics_page.json_page(
                 scraped,
@@ -128,9 +144,9 @@ class _Routes:
                 uptime_seconds=self._uptime(reply),
                 now=time.time(),
             )
-            return _json(body)
+            return json_response(body)
         body = self._prometheus_page(reply, scraped, used)
-        return Response(body, headers=_headers(metrics_page.CONTENT_TYPE))
+        return Response(body, headers=answer_headers(metrics_page.CONTENT_TYPE))
 
     def _prometheus_page(
         self, reply: StatusReply | None, scraped: Scrape, used: Mapping[str, Usage]
@@ -211,29 +227,3 @@ def _connections(reply: StatusReply | None, scraped: Scrape | None) -> int:
 
 def _users(scraped: Scrape | None) -> int:
     return int(scraped.total("websocket_users")) if scraped is not None else 0
-
-
-def _headers(content_type: str) -> dict[str, str]:
-    return {"Content-Type": content_type, **health.SMALL_HEADERS}
-
-
-def _json(body: bytes, status: int = HTTPStatus.OK) -> Response:
-    return Response(body, status_code=status, headers=_headers(health.JSON))
-
-
-def _problem_response(status: int, detail: str = "") -> Response:
-    body = health.problem_body(status, detail)
-    return Response(body, status_code=status, headers=_headers(health.PROBLEM_JSON))
-
-
-async def _problem(_request: Request, error: Exception) -> Response:
-    if not isinstance(error, HTTPException):  # cannot be: it is registered for nothing else
-        raise error
-    response = _problem_response(error.status_code)
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _internal_error(_request: Request, _error: Exception) -> Response:
-    # Starlette raises the error once more after this, and `front` logs it.
-    return _problem_response(HTTPStatus.INTERNAL_SERVER_ERROR)

@@ -4,9 +4,9 @@ In this order: the head is measured, the request gets an id, the application ans
 counted and logged in one line. The query is never logged, it may hold a token.
 
 Hypercorn leaves three things to us. Its limit on heads holds only for those that arrive in pieces.
-Bodies that nobody reads fill a queue, and once that is full the connection hangs for ever, its end
-unseen: so bodies are read to their end here, and thrown away, for no route takes one. And an
-exception that reaches it is logged without the request it belongs to.
+Bodies that nobody reads would hang the connection: see `trioserver.gateway.body`; the application
+does not use ASGI's `receive` but asks ``request.state.body``. And an exception that reaches it is
+logged without the request it belongs to.
 """
 
 import secrets
@@ -17,11 +17,10 @@ from typing import Any, Final
 import trio
 
 from trioserver import health, logs
+from trioserver.gateway.body import Body, Message, Receive
 from trioserver.metrics import Tally
 
 Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -33,6 +32,8 @@ MAX_HEADERS: Final = 100
 MAX_REQUEST_ID: Final = 128
 
 _MAX_LOGGED_PATH: Final = 200
+_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
+_NOTIFICATIONS: Final = "/api/v1/notifications/"
 # Monitors fetch these all day long, and "not ready" is an answer like any other.
 _ROUTINE: Final = frozenset({"/healthz", "/readyz", "/health", "/metrics"})
 
@@ -49,37 +50,42 @@ class Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began = time.perf_counter()
-        answer = _Answer(send, request_id(scope["headers"]), scope["http_version"])
-        scope.setdefault("state", {})["request_id"] = answer.request_id
+        body = Body(receive, scope["headers"], wanted=scope["method"] in _WITH_BODY)
+        answer = _Answer(send, body, request_id(scope["headers"]), scope["http_version"])
+        scope.setdefault("state", {}).update(request_id=answer.request_id, body=body)
         try:
-            await self._respond(scope, receive, answer)
-        except Exception:  # noqa: BLE001 - a bug in one route ends that request, nothing else
-            logs.get_logger().exception("a request failed", request_id=answer.request_id)
-            await answer.refuse(500)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(body.run)
+                await self._respond(scope, answer)
+                nursery.cancel_scope.cancel()
         finally:
-            self._tally.answered(scope["path"], answer.status)
-            _log(scope, answer, time.perf_counter() - began)
+            self._tally.answered(path_label(scope["path"]), answer.status)
+            _log(scope, answer)
 
-    async def _respond(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+    async def _respond(self, scope: Scope, answer: "_Answer") -> None:
         if head_is_too_large(scope):
             await answer.refuse(431)
             return
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_discard_body, receive)
+        try:
             await self._app(scope, _no_body, answer.send)
-            nursery.cancel_scope.cancel()
+        except Exception:  # noqa: BLE001 - a bug in one route ends that request, nothing else
+            logs.get_logger().exception("a request failed", request_id=answer.request_id)
+            await answer.refuse(500)
 
 
 class _Answer:
     """The way back: adds the request id, and remembers the status."""
 
-    def __init__(self, send: Send, request_id: str, http_version: str) -> None:
+    def __init__(self, send: Send, body: Body, request_id: str, http_version: str) -> None:
         self._send = send
+        self._body = body
         self._http_version = http_version
+        self._began = time.perf_counter()
         self.request_id = request_id
         self.status = 0
         """0 until the response has begun."""
+        self.seconds = 0.0
+        """Until the last byte of the response was sent."""
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -88,7 +94,17 @@ class _Answer:
                 *message.get("headers", ()),
                 (b"x-request-id", self.request_id.encode()),
             ]
+        elif not message.get("more_body", False) and not self._body.ended:
+            # All that the client gets; but with the end of it, Hypercorn would hang up.
+            await self._send({**message, "more_body": True})
+            self._note_time()
+            await self._body.linger()
+            message = {"type": "http.response.body", "body": b""}
         await self._send(message)
+        self._note_time()
+
+    def _note_time(self) -> None:
+        self.seconds = self.seconds or time.perf_counter() - self._began
 
     async def refuse(self, status: int) -> None:
         """Answer with a problem, unless a response has begun, which cannot be taken back."""
@@ -128,16 +144,18 @@ def head_is_too_large(scope: Scope) -> bool:
     )
 
 
-async def _discard_body(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def path_label(path: str) -> str:
+    """Return what stands for a path where the paths are counted: ids are left out."""
+    if path.startswith(_NOTIFICATIONS) and "/" not in path[len(_NOTIFICATIONS) :]:
+        return f"{_NOTIFICATIONS}{{id}}"
+    return path
 
 
 async def _no_body() -> Message:
     return {"type": "http.request", "body": b"", "more_body": False}
 
 
-def _log(scope: Scope, answer: _Answer, seconds: float) -> None:
+def _log(scope: Scope, answer: _Answer) -> None:
     log = logs.get_logger()
     path = scope["path"][:_MAX_LOGGED_PATH]
     if path in _ROUTINE and answer.status in {200, 503}:
@@ -150,5 +168,5 @@ def _log(scope: Scope, answer: _Answer, seconds: float) -> None:
         method=scope["method"],
         path=path,
         status=answer.status,
-        duration_ms=round(seconds * 1000, 2),
+        duration_ms=round(answer.seconds * 1000, 2),
     )

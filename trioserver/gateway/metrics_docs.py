@@ -33,9 +33,11 @@ worker anything and is answered whatever the workers and Redis do.
 
 What is measured where:
 
-- `notifications_published_total` counts raw publications as workers see them: one that two
-  workers follow, as each does with a broadcast, counts twice, and one for a user who is connected
-  nowhere is followed by nobody and not counted.
+- `notifications_published_total` counts twice over. The gateway counts what its API has answered,
+  once per recipient: `accepted`, `scheduled`, `duplicate`, `refused`, `unavailable`. Workers count
+  publications as they see them: one that two workers follow, as each does with a broadcast, counts
+  twice, and one for a user who is connected nowhere is followed by nobody and not counted. What
+  back ends publish without the API is seen by workers only.
 - `notification_delivery_seconds` begins when a worker has read a publication from Redis and ends
   when it was offered to the last socket of that worker. Raw publications do not say when they were
   published, so the way through Redis is not in it; `canary_age_seconds` watches that.
@@ -43,8 +45,9 @@ What is measured where:
   become readable, so it holds the time a message waits for those before it in the same turn.
 - `redis_ping_seconds` is 0 while Redis does not answer, and `redis_up` is 0 then; it never
   goes on showing an answer of the past.
-- A connection that resumes cannot be told from a new one yet, so there is no `reconnects_total`,
-  and without a time of publication no `notification_age_seconds`.
+- `notification_age_seconds` begins when Redis has accepted a notification and ends with the proof
+  that a client has received it, so what waited for a device to come back is in it. Begin and end
+  are told by the clocks of two machines.
 
 """
 

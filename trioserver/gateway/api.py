@@ -1,0 +1,179 @@
+"""The API for back ends, on the internal port; every request needs one of ``API_KEYS``.
+
+    POST /api/v1/notifications        publish; the body is in `publish_request`
+    GET  /api/v1/notifications/{id}   what became of one
+
+``202`` means that Redis has it. What was not published is a problem whose status says what to do:
+400, 413, 415 and 422 ask for another request, 409 for another idempotency key, 503 to come back.
+Whether a 503 has left something behind is in its text; with an idempotency key it does not matter.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
+from typing import Final, TypeAlias
+
+import msgspec
+import trio
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from trioserver.errors import RedisError, RedisRefused, RedisUnavailable
+from trioserver.gateway import publish_request
+from trioserver.gateway.api_keys import ApiKeys
+from trioserver.gateway.life_page import life_page
+from trioserver.gateway.problem import Problem, json_response
+from trioserver.gateway.publish_request import PublishRequest
+from trioserver.publisher import (
+    Accepted,
+    IdempotencyConflict,
+    PublishInterrupted,
+    PublishRefused,
+    Result,
+    TrioPublisher,
+)
+
+UNAVAILABLE: Final = HTTPStatus.SERVICE_UNAVAILABLE
+
+Answer: TypeAlias = Mapping[str, object]
+
+NOTIFICATIONS: Final = "/api/v1/notifications"
+
+PUBLISH_SECONDS: Final = 10.0
+"""For publishing to all users of one request, repetitions included."""
+
+_RETRY_AFTER: Final = {"Retry-After": "1"}
+_UNKNOWN: Final = (
+    "Redis did not say that it has it, so whether it was published is unknown: with the same "
+    "idempotency key the request can be repeated safely."
+)
+# Redis finds out about these at the first write of a script, when nothing has happened yet.
+_BEFORE_ANY_WRITE: Final = ("OOM ", "READONLY ", "MISCONF ", "NOREPLICAS ")
+
+
+class Api:
+    """The routes of the API."""
+
+    def __init__(
+        self,
+        keys: ApiKeys,
+        publisher: TrioPublisher,
+        *,
+        max_payload: int,
+        count: Callable[[str], object],
+    ) -> None:
+        """Prepare.
+
+        Args:
+            keys: Who may ask.
+            publisher: Does what is asked.
+            max_payload: Bytes of one payload; 0 is no limit.
+            count: Called with the outcome for each recipient: ``accepted``, ``scheduled``,
+                ``duplicate``, ``refused`` or ``unavailable``.
+        """
+        self._keys = keys
+        self._publisher = publisher
+        self._max_payload = max_payload
+        self._count = count
+
+    def routes(self) -> list[Route]:
+        """Return what Starlette serves."""
+        return [
+            Route(NOTIFICATIONS, self._publish, methods=["POST"]),
+            Route(f"{NOTIFICATIONS}/{{id}}", self._life),
+        ]
+
+    async def _publish(self, request: Request) -> Response:
+        headers = request.scope["headers"]
+        self._keys.check(headers)
+        try:
+            body = await request.state.body.read()
+            wanted = publish_request.read(body, headers, self._max_payload)
+            results = await self._results(wanted)
+        except Problem as problem:
+            self._count("refused" if problem.status < UNAVAILABLE else "unavailable")
+            raise
+        for result in results:
+            self._count(_outcome(result))
+        users = wanted.users
+        answer = _answer_one(results[0]) if users is None else _answer_many(users, results)
+        return json_response(msgspec.json.encode(answer), HTTPStatus.ACCEPTED)
+
+    async def _results(self, wanted: PublishRequest) -> Sequence[Result]:
+        publish, payload, options = self._publisher.publish, wanted.payload, wanted.options
+        with trio.move_on_after(PUBLISH_SECONDS):
+            try:
+                if wanted.users is not None:
+                    return await publish(payload, users=wanted.users, **options)
+                if wanted.user is not None:
+                    return [await publish(payload, user=wanted.user, **options)]
+                return [await publish(payload, everyone=True, **options)]
+            except PublishInterrupted as interrupted:
+                return interrupted.results
+            except (PublishRefused, RedisRefused, RedisUnavailable) as error:
+                # Of a wrong request, which is wrong for all of many recipients.
+                return [error] * len(wanted.users or "1")
+        raise Problem(UNAVAILABLE, _UNKNOWN, _RETRY_AFTER)
+
+    async def _life(self, request: Request) -> Response:
+        self._keys.check(request.scope["headers"])
+        try:
+            trace = await self._publisher.notification(request.path_params["id"])
+        except PublishRefused:
+            trace = None
+        except (RedisRefused, RedisUnavailable) as error:
+            raise Problem(UNAVAILABLE, f"Redis does not answer: {error}.", _RETRY_AFTER) from None
+        if trace is None:
+            raise Problem(HTTPStatus.NOT_FOUND, "Nothing is known of this notification.")
+        return json_response(life_page(trace))
+
+
+def _outcome(result: Result) -> str:
+    if isinstance(result, Accepted):
+        return result.outcome if result.outcome in {"scheduled", "duplicate"} else "accepted"
+    return "refused" if isinstance(result, PublishRefused) else "unavailable"
+
+
+def _answer_one(result: Result) -> Answer:
+    if isinstance(result, Accepted):
+        # What is ephemeral has neither, what is not yet due has no position.
+        return {"id": result.id or None, "position": result.position or None}
+    raise _problem(result)
+
+
+def _answer_many(users: Sequence[str], results: Sequence[Result]) -> Answer:
+    if not any(isinstance(result, Accepted) for result in results):
+        problems = [_problem(result) for result in results if not isinstance(result, Accepted)]
+        # The one that says most about what to do: come back, before change the request.
+        raise max(problems, key=lambda problem: problem.status)
+    together = zip(users, results, strict=True)
+    return {"notifications": [_line(user, result) for user, result in together]}
+
+
+def _line(user: str, result: Result) -> Answer:
+    if isinstance(result, Accepted):
+        return {"user": user, "id": result.id or None, "position": result.position or None}
+    problem = _problem(result)
+    return {"user": user, "error": problem.detail, "status": problem.status}
+
+
+def _problem(error: PublishRefused | RedisError) -> Problem:
+    match error:
+        case IdempotencyConflict():
+            return Problem(HTTPStatus.CONFLICT, _sentence(error))
+        case PublishRefused():
+            return Problem(HTTPStatus.UNPROCESSABLE_ENTITY, _sentence(error))
+        case RedisRefused() if _had_no_effect(str(error)):
+            detail = f"Nothing was published, Redis takes nothing: {_sentence(error)}"
+            return Problem(UNAVAILABLE, detail, _RETRY_AFTER)
+        case _:
+            return Problem(UNAVAILABLE, _UNKNOWN, _RETRY_AFTER)
+
+
+def _had_no_effect(refusal: str) -> bool:
+    # A script that breaks in the middle, for a reason that nobody foresaw, is not undone.
+    return "user_script" not in refusal or refusal.startswith(_BEFORE_ANY_WRITE)
+
+
+def _sentence(error: Exception) -> str:
+    return f"{str(error).rstrip('.')}."

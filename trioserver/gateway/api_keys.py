@@ -1,0 +1,59 @@
+"""Who may use the API: those who know one of ``API_KEYS``.
+
+The key comes in ``X-API-Key``, or as ``Authorization: Bearer``. Comparing takes the same time
+whatever was sent and whichever key it is like: hashes are compared, all of them, to the end.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from http import HTTPStatus
+
+from trioserver.gateway.problem import Problem
+
+_BEARER = b"bearer "
+
+
+class ApiKeys:
+    """The keys that are good. Without any, nobody is let in."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Let the request pass that has a good key.
+
+        Args:
+            headers: Of the request, names in lower case.
+
+        Raises:
+            Problem: 401: no key, or none of ours, or more than one.
+        """
+        given = _given(headers)
+        if len(given) != 1:
+            problem = "more than one" if given else "none"
+            raise _refusal(f"One API key is needed in X-API-Key, there is {problem}.")
+        digest = _digest(given[0])
+        # A list, because any() of a generator would stop at the first.
+        if not any([hmac.compare_digest(digest, known) for known in self._digests]):  # noqa: C419
+            raise _refusal("The API key is not one of API_KEYS.")
+
+
+def _given(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
+    keys: list[bytes] = []
+    bearers: list[bytes] = []
+    for name, value in headers:
+        if name == b"x-api-key":
+            keys.append(value.strip())
+        elif name == b"authorization" and value[: len(_BEARER)].lower() == _BEARER:
+            bearers.append(value[len(_BEARER) :].strip())
+    # Of two different headers the special one counts: a proxy may use the other for itself.
+    return keys or bearers
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _refusal(detail: str) -> Problem:
+    return Problem(HTTPStatus.UNAUTHORIZED, detail, {"WWW-Authenticate": "Bearer"})

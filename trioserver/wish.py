@@ -1,0 +1,56 @@
+"""Where a client wants to go on, as it says itself: in its handshake's query, or in ``auth``."""
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+import attrs
+
+from trioserver import messages
+from trioserver.errors import ClientError
+
+_DEVICE: Final = re.compile(rf"[!-~]{{1,{messages.MAX_DEVICE}}}")
+
+
+@attrs.frozen(kw_only=True)
+class Wish:
+    """What a client says about itself beside who its user is."""
+
+    device: str = ""
+    """What it calls itself; empty if it has no name."""
+
+    position: str = ""
+    """Where it stopped, in words that only the server understands; empty if it does not say."""
+
+    ack: bool = False
+    """Whether it will acknowledge, and wants again what it has not acknowledged."""
+
+
+NO_WISH: Final = Wish()
+
+
+def of_query(parameters: Mapping[str, str]) -> Wish:
+    """Return the wish in the query parameters of a handshake.
+
+    Raises:
+        ClientError: ``bad_message``; says which parameter cannot be.
+    """
+    device = parameters.get("device", "")
+    position = parameters.get("position", "")
+    ack = parameters.get("ack", "")
+    if not (device or position or ack):
+        return NO_WISH
+    if device and not _DEVICE.fullmatch(device):
+        raise ClientError(
+            "bad_message", f"device is 1 to {messages.MAX_DEVICE} visible ASCII characters"
+        )
+    if len(position) > messages.MAX_POSITION:
+        raise ClientError("bad_message", f"position is longer than {messages.MAX_POSITION}")
+    if ack not in {"", "0", "1", "false", "true"}:
+        raise ClientError("bad_message", "ack is 1 or 0")
+    return Wish(device=device, position=position, ack=ack in {"1", "true"})
+
+
+def of_auth(message: messages.Auth) -> Wish:
+    """Return the wish in a first message."""
+    return Wish(device=message.device or "", position=message.position or "", ack=message.ack)
