@@ -35,6 +35,9 @@ enum {
     LARGEST_FRAME = 128 << 10,
     LARGEST_BODY = 60000,
     LARGEST_WINDOW = 1024,
+    LARGEST_TEMPLATE = 4000,
+    LARGEST_REPLY = 1000,
+    PARTITIONS = 64,
     ADDRESSES = 8, /* One client address has 28,000 ports towards one server. */
 };
 
@@ -54,9 +57,10 @@ struct peer {
     size_t rest_size;
     int64_t answered; /* by the end of the last phase */
     int64_t newest;   /* highest index of this phase, -1 before the first */
+    int64_t seqs;     /* what the seq of a durable notification is ahead of its index; 0: unknown */
 };
 
-enum kind { NOTHING, FANOUT, UNICAST, ECHO };
+enum kind { NOTHING, FANOUT, UNICAST, DURABLE, ECHO };
 
 /* A phase is one command's worth of messages. Each has an index for each peer that is to get it;
  * a bit per peer and index tells what has come, so that the counts are exact. */
@@ -66,6 +70,7 @@ static struct {
     int64_t messages; /* how many numbers it has */
     int64_t each;     /* indices per peer */
     int64_t expected, received;
+    int64_t replied; /* publishes that Redis has answered */
     uint64_t *seen;
     int64_t start, interval; /* message k of an open loop is due at start + k * interval */
     int64_t *latency;        /* of each message of an open loop, -1 until it has come */
@@ -82,7 +87,8 @@ static uint32_t peer_count, peer_limit;
 static int64_t alive, upgraded, departed;
 static char **tokens;
 static int epoll_fd, timer_fd, redis_fd;
-static uint16_t port;
+static uint16_t port, redis_port;
+static struct peer publisher = {.fd = -1}; /* a connection to Redis that reads the replies */
 static int64_t patience; /* ns without progress after which the rest is lost */
 static uint8_t buffer[READ_BYTES + LARGEST_FRAME];
 
@@ -160,10 +166,10 @@ static void send_echo(struct peer *peer, int64_t index)
     send_frame(peer, 1, text, (size_t)size);
 }
 
-static void send_redis(const char *bytes, size_t size)
+static void send_redis(int fd, const char *bytes, size_t size)
 {
     while (size) {
-        ssize_t sent = send(redis_fd, bytes, size, MSG_NOSIGNAL);
+        ssize_t sent = send(fd, bytes, size, MSG_NOSIGNAL);
         if (sent < 0)
             die("Redis");
         bytes += sent;
@@ -171,25 +177,166 @@ static void send_redis(const char *bytes, size_t size)
     }
 }
 
-/* Write one PUBLISH of message `number` into `at`; a JSON of exactly `size` bytes, if it fits. */
-static size_t publication(char *at, int64_t user, int64_t number, size_t size)
+static const char BEFORE_PAYLOAD[] = "{\"type\":\"notification\",\"payload\":";
+
+/* Write message `number` into `body`; a JSON of exactly `size` bytes, if it fits. */
+static size_t message(char *body, int64_t number, size_t size)
 {
-    char channel[40];
-    char body[LARGEST_BODY + 100];
-    int head = snprintf(body, sizeof body,
-                        "{\"type\":\"notification\",\"payload\":{\"n\":%" PRId64 ",\"pad\":\"",
-                        number);
+    int head = sprintf(body, "%s{\"n\":%" PRId64 ",\"pad\":\"", BEFORE_PAYLOAD, number);
     size_t length = (size_t)head;
     while (length + 3 < size)
         body[length++] = 'x';
     memcpy(body + length, "\"}}", 4);
-    length += 3;
+    return length + 3;
+}
+
+/* Write one PUBLISH of message `number` into `at`. */
+static size_t publication(char *at, int64_t user, int64_t number, size_t size)
+{
+    char channel[40];
+    char body[LARGEST_BODY + 100];
+    size_t length = message(body, number, size);
     if (user < 0)
         strcpy(channel, "channels:broadcast");
     else
         snprintf(channel, sizeof channel, "user_noti:u%" PRId64, user);
     return (size_t)sprintf(at, "*3\r\n$7\r\nPUBLISH\r\n$%zu\r\n%s\r\n$%zu\r\n%s\r\n",
                            strlen(channel), channel, length, body);
+}
+
+/* Publishing into the ledger, as a back end does it: one script per notification, and its reply is
+ * read. What to say is in a template: a command as Redis reads it, with \1K, \1I and \1P where key,
+ * id and payload go. Whoever wrote it has seen to it that Redis has the script. */
+
+static struct {
+    char text[LARGEST_TEMPLATE];
+    size_t size;
+} template;
+
+static void read_template(const char *path)
+{
+    FILE *file = fopen(path, "rb");
+    if (!file)
+        die(path);
+    template.size = fread(template.text, 1, sizeof template.text, file);
+    fclose(file);
+    if (template.size == sizeof template.text) {
+        fprintf(stderr, "client: %s: too long\n", path);
+        exit(2);
+    }
+}
+
+/* The CRC-32 of zlib. */
+static uint32_t crc32(const char *text)
+{
+    uint32_t crc = ~(uint32_t)0;
+    for (; *text; text++) {
+        crc ^= (uint8_t)*text;
+        for (int bit = 0; bit < 8; bit++)
+            crc = crc >> 1 ^ (crc & 1 ? 0xedb88320 : 0);
+    }
+    return ~crc;
+}
+
+/* Random enough for ids that nobody guesses at (splitmix64). */
+static uint64_t random64(void)
+{
+    static uint64_t state;
+    if (!state)
+        state = (uint64_t)clock_ns(CLOCK_REALTIME) ^ (uint64_t)getpid() << 48;
+    uint64_t mixed = state += 0x9e3779b97f4a7c15;
+    mixed = (mixed ^ mixed >> 30) * 0xbf58476d1ce4e5b9;
+    mixed = (mixed ^ mixed >> 27) * 0x94d049bb133111eb;
+    return mixed ^ mixed >> 31;
+}
+
+/* Write the id of a notification: the partition of its user, and a UUID of version 7. */
+static void make_id(char *at, uint32_t partition, uint64_t milliseconds)
+{
+    uint64_t random = random64();
+    sprintf(at, "p%02u-%08x-%04x-7%03x-%04x-%012" PRIx64, partition,
+            (uint32_t)(milliseconds >> 16), (uint32_t)(milliseconds & 0xffff),
+            (uint32_t)(random & 0xfff), 0x8000 | (uint32_t)(random >> 12 & 0x3fff),
+            random64() >> 16);
+}
+
+static size_t bulk(char *at, const char *text, size_t size)
+{
+    int head = sprintf(at, "$%zu\r\n", size);
+    memcpy(at + head, text, size);
+    return (size_t)head + size;
+}
+
+/* Write the command that publishes message `number` durably into `at`. */
+static size_t durable_publication(char *at, int64_t user, int64_t number, size_t size)
+{
+    const size_t before = sizeof BEFORE_PAYLOAD - 1;
+    char name[24], key[60], id[48], body[LARGEST_BODY + 100];
+    size_t length = message(body, number, size), filled = 0;
+    sprintf(name, "u%" PRId64, user);
+    uint32_t partition = crc32(name) % PARTITIONS;
+    sprintf(key, "ts:{p%02u}:meta:%s", partition, name);
+    make_id(id, partition, (uint64_t)(clock_ns(CLOCK_REALTIME) / 1000000));
+    for (const char *from = template.text; from < template.text + template.size; from++) {
+        if (*from != 1)
+            at[filled++] = *from;
+        else if (*++from == 'K')
+            filled += bulk(at + filled, key, strlen(key));
+        else if (*from == 'I')
+            filled += bulk(at + filled, id, strlen(id));
+        else /* Without what says the same as the arguments, and the brace at its end. */
+            filled += bulk(at + filled, body + before, length - before - 1);
+    }
+    return filled;
+}
+
+/* Process the reply at the beginning of `data`; return its length, 0 if it is not complete. A good
+ * one is an array whose last element is "accepted". */
+static size_t take_reply(const uint8_t *data, size_t size)
+{
+    const uint8_t *end = memmem(data, size, "\r\n", 2), *last = end;
+    int64_t elements = 0;
+    if (!end)
+        return 0;
+    if (*data == '*')
+        elements = atoi((const char *)data + 1);
+    for (int64_t i = 0; i < elements; i++) {
+        const uint8_t *start = end + 2;
+        end = memmem(start, size - (size_t)(start - data), "\r\n", 2);
+        if (!end)
+            return 0;
+        if (*start != '$')
+            continue;
+        last = end + 2;
+        end = last + atoi((const char *)start + 1);
+        if (end + 2 > data + size)
+            return 0;
+    }
+    if (!elements || end - last != 8 || memcmp(last, "accepted", 8))
+        failed(NULL, "not accepted:", data, (size_t)(end - data));
+    phase.replied++;
+    return (size_t)(end - data) + 2;
+}
+
+static void take_replies(void)
+{
+    static uint8_t replies[READ_BYTES + LARGEST_REPLY];
+    static size_t kept;
+    ssize_t got = recv(publisher.fd, replies + kept, READ_BYTES, MSG_DONTWAIT);
+    size_t size = kept, taken = 0, step;
+    if (got < 0 && (errno == EAGAIN || errno == EINTR))
+        return;
+    if (got <= 0)
+        die("Redis");
+    size += (size_t)got;
+    while ((step = take_reply(replies + taken, size - taken)))
+        taken += step;
+    kept = size - taken;
+    if (kept > LARGEST_REPLY) {
+        fprintf(stderr, "client: not understood: a reply of Redis\n");
+        exit(2);
+    }
+    memmove(replies, replies + taken, kept);
 }
 
 /* Receiving */
@@ -227,6 +374,17 @@ static int64_t number_after(const uint8_t *text, size_t size, const char *name)
     return number;
 }
 
+/* The ledger counts what it accepts for a user, without a hole and in the order of publishing; so
+ * the first seq that comes says all the others. */
+static void check_seq(struct peer *peer, int64_t index, const uint8_t *text, size_t size)
+{
+    int64_t seq = number_after(text, size, "\"seq\":");
+    if (!peer->seqs && seq > index)
+        peer->seqs = seq - index;
+    if (seq != peer->seqs + index)
+        failed(peer, "not its seq:", text, size);
+}
+
 static void take_notification(struct peer *peer, const uint8_t *text, size_t size)
 {
     int64_t place = number_after(text, size, "\"n\":") - phase.first;
@@ -238,8 +396,11 @@ static void take_notification(struct peer *peer, const uint8_t *text, size_t siz
         record(peer, place);
     } else if (place % peer_count != peer->place) {
         failed(peer, "not for this user:", text, size);
-    } else if (record(peer, place / peer_count) && phase.latency) {
-        phase.latency[place] = now_ns() - (phase.start + place * phase.interval);
+    } else if (record(peer, place / peer_count)) {
+        if (phase.latency)
+            phase.latency[place] = now_ns() - (phase.start + place * phase.interval);
+        if (phase.kind == DURABLE)
+            check_seq(peer, place / peer_count, text, size);
     }
 }
 
@@ -372,7 +533,9 @@ static void turn(int milliseconds)
     for (int i = 0; i < count; i++) {
         struct peer *peer = events[i].data.ptr;
         uint64_t expirations;
-        if (peer) {
+        if (peer == &publisher) {
+            take_replies();
+        } else if (peer) {
             if (peer->fd >= 0)
                 readable(peer);
         } else if (read(timer_fd, &expirations, sizeof expirations) < 0 && errno != EAGAIN) {
@@ -428,7 +591,7 @@ static void begin(enum kind kind, int64_t messages, int64_t each, int64_t expect
     phase.messages = messages;
     phase.each = each;
     phase.expected = expected;
-    phase.received = 0;
+    phase.received = phase.replied = 0;
     phase.seen = allocate((size_t)(peer_count * each + 63) / 64, sizeof *phase.seen);
     for (uint32_t i = 0; i < peer_count; i++)
         peers[i].newest = -1;
@@ -437,8 +600,12 @@ static void begin(enum kind kind, int64_t messages, int64_t each, int64_t expect
 static void end(void)
 {
     tally.lost += phase.expected - phase.received;
-    for (uint32_t i = 0; phase.kind == ECHO && i < peer_count; i++)
-        peers[i].answered += phase.each;
+    for (uint32_t i = 0; i < peer_count; i++) {
+        if (phase.kind == ECHO)
+            peers[i].answered += phase.each;
+        if (phase.kind == DURABLE && peers[i].seqs)
+            peers[i].seqs += (phase.messages - i + peer_count - 1) / peer_count;
+    }
     phase.first += phase.messages;
     phase.kind = NOTHING;
     phase.messages = phase.each = 0;
@@ -513,7 +680,7 @@ static void fanout(int64_t messages, int64_t size)
     int64_t receivers = alive;
     begin(FANOUT, messages, messages, messages * receivers);
     for (int64_t i = 0; i < messages; i++) {
-        send_redis(out, publication(out, -1, phase.first + i, (size_t)size));
+        send_redis(redis_fd, out, publication(out, -1, phase.first + i, (size_t)size));
         if (!reach(&phase.received, (i + 1) * receivers))
             break;
     }
@@ -532,8 +699,51 @@ static void unicast(int64_t messages, int64_t size, int64_t window)
         for (; sent < stop; sent++)
             filled += publication(out + filled, sent % peer_count, phase.first + sent,
                                   (size_t)size);
-        send_redis(out, filled);
+        send_redis(redis_fd, out, filled);
         if (!reach(&phase.received, sent))
+            break;
+    }
+    end();
+    free(out);
+    reply(phase.received, wall, cpu);
+}
+
+static int connect_redis(void)
+{
+    struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(redis_port)};
+    int on = 1, fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (fd < 0 || connect(fd, (struct sockaddr *)&to, sizeof to))
+        die("Redis");
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    return fd;
+}
+
+static void open_publisher(void)
+{
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = &publisher};
+    if (publisher.fd >= 0)
+        return;
+    publisher.fd = connect_redis();
+    if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, publisher.fd, &event))
+        die("epoll");
+}
+
+static void durable(int64_t messages, int64_t size, int64_t window, const char *path)
+{
+    int64_t wall = now_ns(), cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
+    char *out = allocate((size_t)window, (size_t)size + LARGEST_TEMPLATE + 500);
+    open_publisher();
+    read_template(path);
+    begin(DURABLE, messages, (messages + peer_count - 1) / peer_count, messages);
+    for (int64_t sent = 0; sent < messages;) {
+        size_t filled = 0;
+        int64_t stop = sent + window < messages ? sent + window : messages;
+        for (; sent < stop; sent++)
+            filled += durable_publication(out + filled, sent % peer_count, phase.first + sent,
+                                          (size_t)size);
+        send_redis(publisher.fd, out, filled);
+        if (!reach(&phase.received, sent) || !reach(&phase.replied, sent))
             break;
     }
     end();
@@ -595,7 +805,7 @@ static void latency(int64_t messages, int64_t rate, int64_t size, const char *pa
             filled += publication(out + filled, sent % peer_count, phase.first + sent,
                                   (size_t)size);
         }
-        send_redis(out, filled);
+        send_redis(redis_fd, out, filled);
         if (sent + phase.received != seen) {
             seen = sent + phase.received;
             deadline = now + patience;
@@ -626,6 +836,8 @@ static void perform(const char *line)
         fanout(a, b);
     else if (!strcmp(name, "unicast") && a >= 0 && b <= LARGEST_BODY && c > 0 && peer_count)
         unicast(a, b, c);
+    else if (!strcmp(name, "durable") && a >= 0 && b <= LARGEST_BODY && c > 0 && peer_count)
+        durable(a, b, c, path);
     else if (!strcmp(name, "echo") && a >= 0)
         echo(a);
     else if (!strcmp(name, "latency") && a >= 0 && b > 0 && c <= LARGEST_BODY && peer_count)
@@ -663,19 +875,6 @@ static void read_tokens(const char *path)
     peers = allocate(peer_limit, sizeof *peers);
 }
 
-static void connect_redis(uint16_t redis_port)
-{
-    struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(redis_port)};
-    static const char quiet[] = "*3\r\n$6\r\nCLIENT\r\n$5\r\nREPLY\r\n$3\r\nOFF\r\n";
-    int on = 1;
-    to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    redis_fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (redis_fd < 0 || connect(redis_fd, (struct sockaddr *)&to, sizeof to))
-        die("Redis");
-    setsockopt(redis_fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    send_redis(quiet, sizeof quiet - 1);
-}
-
 static void serve(void)
 {
     static char line[2000];
@@ -702,6 +901,7 @@ static void serve(void)
 
 int main(int argc, char **argv)
 {
+    static const char quiet[] = "*3\r\n$6\r\nCLIENT\r\n$5\r\nREPLY\r\n$3\r\nOFF\r\n";
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
     if (argc != 5) {
         fprintf(stderr, "usage: client PORT REDIS_PORT TOKENS_FILE PATIENCE_MS\n");
@@ -715,7 +915,9 @@ int main(int argc, char **argv)
     timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
     if (epoll_fd < 0 || timer_fd < 0 || epoll_ctl(epoll_fd, EPOLL_CTL_ADD, timer_fd, &event))
         die("epoll");
-    connect_redis((uint16_t)atoi(argv[2]));
+    redis_port = (uint16_t)atoi(argv[2]);
+    redis_fd = connect_redis();
+    send_redis(redis_fd, quiet, sizeof quiet - 1);
     serve();
     return 0;
 }

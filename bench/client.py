@@ -10,6 +10,8 @@ standard input, one at a time, and answer each with one line of JSON, a `Reply`:
     fanout N SIZE           N broadcasts, each published when all have the one before
     unicast N SIZE W        N notifications, one user after the other, in rounds of W: the next
                             round is published when all of the last have arrived
+    durable N SIZE W F      the same through the ledger: each is published by one script, and Redis
+                            must say ``accepted``; the file F is the command (`backend.template`)
     echo N                  N messages from each connection, each sent when the one before has been
                             answered
     latency N RATE SIZE F   N notifications, RATE per second, each published when it is due; the
@@ -19,11 +21,13 @@ standard input, one at a time, and answer each with one line of JSON, a `Reply`:
     counts                  nothing; what has happened since the last reply
     ======================= =======================================================================
 
-``SIZE`` is the length of what is published, in bytes of JSON. Every message has a number, which
+``SIZE`` is the length of what is published, in bytes of JSON; a durable notification has the
+payload of an ephemeral one of that size. Every message has a number, which
 comes back in what is received, and the client ticks it off: for each connection and message there
 is one bit, so a message that comes twice, or after a later one, or not at all while nothing moves
-for `PATIENCE_SECONDS`, is counted as what it is. What was never asked for, a refusal and the end of
-a connection count as failed. Connections answer pings, also between the commands.
+for `PATIENCE_SECONDS`, is counted as what it is. What was never asked for, a refusal, the end of a
+connection and a durable notification with a ``seq`` that is not its own count as failed.
+Connections answer pings, also between the commands.
 """
 
 import array
@@ -138,6 +142,19 @@ class Client:
     def unicast(self, messages: int, size: int, window: int) -> Reply:
         """Notify one user after the other, in rounds."""
         return self._ask(f"unicast {messages} {size} {window}")
+
+    def durable(self, messages: int, size: int, window: int, template: bytes) -> Reply:
+        """Notify one user after the other through the ledger, in rounds.
+
+        Args:
+            messages: How many.
+            size: Bytes, as for the others.
+            window: How many in a round.
+            template: From `backend.template`; Redis knows the script already.
+        """
+        path = self._directory / "template"
+        path.write_bytes(template)
+        return self._ask(f"durable {messages} {size} {window} {path}")
 
     def echo(self, each: int) -> Reply:
         """Have every connection say something, so many times."""

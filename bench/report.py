@@ -23,7 +23,8 @@ def table(results: Results) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in cells
     ]
-    return "\n".join([*lines, "", counts(results), *warnings(results)]) + "\n"
+    said = [counts(results), *comparisons(results), *warnings(results)]
+    return "\n".join([*lines, "", *said]) + "\n"
 
 
 def page(results: Results) -> str:
@@ -46,6 +47,9 @@ def _page(results: Results) -> Iterator[str]:
     )
     yield ""
     yield counts(results)
+    for comparison in comparisons(results):
+        yield ""
+        yield comparison
     for warning in warnings(results):
         yield ""
         yield f"**{warning}**"
@@ -76,18 +80,18 @@ def _page(results: Results) -> Iterator[str]:
 
 
 def _everything(results: Results) -> Iterator[str]:
-    other = _other(results)
-    lines = [["scenario", "connections", "figure", *_servers(results), "ratio"]]
+    servers = _servers(results)
+    lines = [["scenario", "connections", "figure", *servers, "ratio"]]
     lines.extend(
         [
             row.scenario,
             _connections(row),
             name,
-            *(_spread(row.figures[server].get(name)) for server in _servers(results)),
-            _spread(row.ratios.get(name)) if other else _EMPTY,
+            *(_figure(row, server, name) for server in servers),
+            _ratio(row, name),
         ]
         for row in results.rows
-        for name in row.figures[_servers(results)[0]]
+        for name in row.figures[servers[0]]
     )
     yield from _markdown(lines)
     yield ""
@@ -124,6 +128,17 @@ def counts(results: Results) -> str:
     return f"{said}, of {units:,} in {len(every)} measurements."
 
 
+def comparisons(results: Results) -> list[str]:
+    """Return a line for each scenario that is not compared with another server."""
+    product, *others = _servers(results) or [""]
+    without = f", and {others[0]} does not play it" if others else ""
+    return [
+        f"{one}: the ratio is to {against} of {product}, measured in turns{without}."
+        for one, against in dict.fromkeys((row.scenario, row.against) for row in results.rows)
+        if against
+    ]
+
+
 def warnings(results: Results) -> list[str]:
     """Return a line for each reason not to believe some of it."""
     said = []
@@ -154,7 +169,7 @@ def _trouble(repetitions: Sequence[Repetition]) -> str:
 
 def _heads(results: Results) -> list[str]:
     heads = ["scenario", "connections", "figure", *_servers(results)]
-    return [*heads, "ratio", "goal", ""] if _other(results) else heads
+    return [*heads, "ratio", "goal", ""] if _compares(results) else heads
 
 
 def _cells(row: Row, results: Results, *, about: bool = False) -> list[str]:
@@ -164,9 +179,9 @@ def _cells(row: Row, results: Results, *, about: bool = False) -> list[str]:
         row.scenario,
         _connections(row),
         known.about if about and known is not None else name,
-        *(_spread(row.figures[server].get(name)) for server in _servers(results)),
+        *(_figure(row, server, name) for server in _servers(results)),
     ]
-    if not _other(results):
+    if not _compares(results):
         return cells
     ratio = row.ratios.get(name)
     verdict = _EMPTY
@@ -174,16 +189,25 @@ def _cells(row: Row, results: Results, *, about: bool = False) -> list[str]:
         verdict = "invalid"
     elif ratio is not None:
         verdict = "met" if ratio.median <= row.goal else "missed"
-    return [*cells, _spread(ratio), f"≤ {row.goal:g}", verdict]
+    return [*cells, _ratio(row, name), f"≤ {row.goal:g}", verdict]
+
+
+def _figure(row: Row, server: str, name: str) -> str:
+    return _spread(row.figures.get(server, {}).get(name))
+
+
+def _ratio(row: Row, name: str) -> str:
+    ratio = _spread(row.ratios.get(name))
+    return f"{ratio} of {row.against}" if row.against and name in row.ratios else ratio
 
 
 def _servers(results: Results) -> list[str]:
-    return list(results.rows[0].repetitions) if results.rows else []
+    """Return all servers, the product first: not each plays each scenario."""
+    return list(dict.fromkeys(server for row in results.rows for server in row.repetitions))
 
 
-def _other(results: Results) -> str | None:
-    servers = _servers(results)
-    return servers[1] if servers[1:] else None
+def _compares(results: Results) -> bool:
+    return len(_servers(results)) > 1 or any(row.against for row in results.rows)
 
 
 def _connections(row: Row) -> str:

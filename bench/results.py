@@ -79,6 +79,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """The figure that the scenario is about."""
     goal: float
     """What the ratio of the headline may be at most."""
+    against: str = ""
+    """The scenario that the ratios are to; empty if they are to the other server's figures."""
     repetitions: dict[str, list[Repetition]]
     """By server."""
     figures: dict[str, dict[str, Spread]]
@@ -116,22 +118,41 @@ def row(
     headline: str,
     goal: float,
     repetitions: dict[str, list[Repetition]],
+    against: str = "",
+    yardstick: Row | None = None,
 ) -> Row:
-    """Return the row for these repetitions: the first server is the product."""
+    """Return the row for these repetitions: the first server is the product.
+
+    Args:
+        scenario: Its name.
+        connections: How many.
+        headline: Name of its most important figure.
+        goal: For the ratio of that.
+        repetitions: By server.
+        against: The scenario that it is compared with, if not with the other server.
+        yardstick: The row of that scenario, played in turns with this one; None if it was not.
+    """
     figures = {
         server: {name: _spread([one.figures[name] for one in of_one]) for name in of_one[0].figures}
         for server, of_one in repetitions.items()
     }
-    servers = list(repetitions)
+    product, *others = repetitions
+    valid = all(one.valid for of_one in repetitions.values() for one in of_one)
+    ratios = {}
+    if yardstick is not None and yardstick.valid:
+        ratios = _ratios(repetitions[product], yardstick.repetitions[product])
+    elif others and not against:
+        ratios = _ratios(repetitions[product], repetitions[others[0]])
     return Row(
         scenario=scenario,
         connections=connections,
         headline=headline,
         goal=goal,
+        against=against,
         repetitions=repetitions,
         figures=figures,
-        ratios=_ratios(repetitions, figures, servers[0], servers[-1]) if servers[1:] else {},
-        valid=all(one.valid for of_one in repetitions.values() for one in of_one),
+        ratios=ratios,
+        valid=valid,
     )
 
 
@@ -139,22 +160,15 @@ def _spread(values: Sequence[float]) -> Spread:
     return Spread(median=statistics.median(values), low=min(values), high=max(values))
 
 
-def _ratios(
-    repetitions: dict[str, list[Repetition]],
-    figures: dict[str, dict[str, Spread]],
-    product: str,
-    other: str,
-) -> dict[str, Spread]:
+def _ratios(ours: Sequence[Repetition], theirs: Sequence[Repetition]) -> dict[str, Spread]:
     ratios = {}
-    for name, ours in figures[product].items():
-        theirs = figures[other].get(name)
-        if theirs is None or theirs.low <= 0:
+    for name in ours[0].figures.keys() & theirs[0].figures.keys():
+        above, below = ([one.figures[name] for one in every] for every in (ours, theirs))
+        if min(below) <= 0:
             continue
-        pairs = [
-            one.figures[name] / beside.figures[name]
-            for one, beside in zip(repetitions[product], repetitions[other], strict=True)
-        ]
-        ratios[name] = Spread(median=ours.median / theirs.median, low=min(pairs), high=max(pairs))
+        pairs = [one / beside for one, beside in zip(above, below, strict=True)]
+        ratio = statistics.median(above) / statistics.median(below)
+        ratios[name] = Spread(median=ratio, low=min(pairs), high=max(pairs))
     return ratios
 
 

@@ -58,9 +58,9 @@ def run(order: Order, say: Say) -> Results:
         )
         servers: list[Server] = [product] if other is None else [product, other]
         rows = [
-            _row(scenario, connections, order, servers, props, say)
-            for scenario in order.scenarios
-            for connections in scenario.rows(order.connections)
+            row
+            for connections, scenarios in _in_turns(order)
+            for row in _rows(scenarios, connections, order, servers, props, say)
         ]
     return Results(
         commit=machine.commit(),
@@ -88,28 +88,45 @@ def _redis_version() -> str:
     return done.stdout.strip()
 
 
-def _row(
-    scenario: Scenario,
+def _in_turns(order: Order) -> list[tuple[tuple[int, ...], list[Scenario]]]:
+    """Return what is played in turns: a scenario with those that are measured against it."""
+    groups: dict[tuple[str, tuple[int, ...]], list[Scenario]] = {}
+    for scenario in order.scenarios:
+        for connections in scenario.rows(order.connections):
+            group = scenario.against or scenario.name, connections
+            groups.setdefault(group, []).append(scenario)
+    return [(connections, scenarios) for (_, connections), scenarios in groups.items()]
+
+
+def _rows(
+    scenarios: Sequence[Scenario],
     connections: tuple[int, ...],
     order: Order,
     servers: Sequence[Server],
     props: Props,
     say: Say,
-) -> Row:
-    repetitions: dict[str, list[Repetition]] = {server.name: [] for server in servers}
+) -> list[Row]:
+    played: dict[str, dict[str, list[Repetition]]] = {one.name: {} for one in scenarios}
     for number in range(1, order.repeat + 1):
-        # In turns, so that a machine that changes its mood does so for both.
-        for server in servers:
-            one = _play(scenario, connections, order.plan, server, props)
-            repetitions[server.name].append(one)
-            say(_line(scenario, connections, number, server, one))
-    return results.row(
-        scenario=scenario.name,
-        connections=connections,
-        headline=scenario.headline,
-        goal=scenario.goal,
-        repetitions=repetitions,
-    )
+        # In turns, so that a machine that changes its mood does so for all.
+        for scenario in scenarios:
+            for server in servers[:1] if scenario.against else servers:
+                one = _play(scenario, connections, order.plan, server, props)
+                played[scenario.name].setdefault(server.name, []).append(one)
+                say(_line(scenario, connections, number, server, one))
+    rows: dict[str, Row] = {}
+    # Yardsticks come first: what they measure is measured already.
+    for scenario in sorted(scenarios, key=lambda one: one.against):
+        rows[scenario.name] = results.row(
+            scenario=scenario.name,
+            connections=connections,
+            headline=scenario.headline,
+            goal=scenario.goal,
+            repetitions=played[scenario.name],
+            against=scenario.against,
+            yardstick=rows.get(scenario.against),
+        )
+    return [rows[one.name] for one in scenarios]
 
 
 def _play(

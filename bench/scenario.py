@@ -22,7 +22,11 @@ class Scenario:
     """The most important of its figures."""
     goal: float
     """Largest acceptable ratio of the headline to that of a bare sketch of the hot path, which has
-    no limits, deadlines, pings, metrics and logs: what all these may cost."""
+    no limits, deadlines, pings, metrics and logs: what all these may cost. Or to the headline of
+    the scenario in `against`."""
+    against: str = ""
+    """Another scenario of the same run and the same server, if the question is what this one costs
+    beyond it; then only our server plays it, in turns with the other scenario."""
     connections: tuple[int, ...]
     """By default; a measurement each."""
     slope: bool = False

@@ -21,6 +21,7 @@ from typing import Final
 
 import msgspec
 
+from bench import backend
 from bench.client import Reply
 
 NAP_SECONDS: Final = 0.0001
@@ -49,6 +50,9 @@ _SHORT: Final = 125
 
 _NUMBER: Final = re.compile(rb'"n":(\d+)')
 _COUNT: Final = re.compile(rb'"count":(\d+)')
+_SEQ: Final = re.compile(rb'"seq":(\d+)')
+
+_BEFORE_PAYLOAD: Final = b'{"type":"notification","payload":'
 
 Progress = Callable[[], int]
 
@@ -56,7 +60,7 @@ Progress = Callable[[], int]
 class Peer:
     """One connection."""
 
-    __slots__ = ("answered", "newest", "place", "rest", "sock", "upgraded")
+    __slots__ = ("answered", "newest", "place", "rest", "seqs", "sock", "upgraded")
 
     def __init__(self, place: int, sock: socket.socket) -> None:
         self.place = place
@@ -69,6 +73,8 @@ class Peer:
         """By the end of the last phase."""
         self.newest = -1
         """Highest index of this phase."""
+        self.seqs = 0
+        """What the seq of a durable notification is ahead of its index; 0 while unknown."""
 
 
 class Phase:
@@ -85,6 +91,8 @@ class Phase:
         self.messages = messages
         self.each = each
         self.received = 0
+        self.replied = 0
+        """Publishes that Redis has answered."""
         self.seen = bytearray(peers * each)
         self.start = 0
         self.interval = 0
@@ -106,6 +114,8 @@ class SlowClient:
         self._epoll = select.epoll()
         self._redis = socket.create_connection(("127.0.0.1", redis_port))
         self._redis.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._publisher = backend.Link(redis_port)
+        self._epoll.register(self._publisher.fileno(), select.EPOLLIN)
         self._redis.sendall(b"*3\r\n$6\r\nCLIENT\r\n$5\r\nREPLY\r\n$3\r\nOFF\r\n")
         self._phase = Phase("nothing", 0, 0, 0, 0)
         self._clear()
@@ -115,11 +125,11 @@ class SlowClient:
         self._greeted = self._pings = self._heartbeats = 0
         self._trouble = ""
 
-    def _fail(self, peer: Peer, what: str, data: bytes = b"") -> None:
+    def _fail(self, peer: Peer | None, what: str, data: bytes = b"") -> None:
         self._failed += 1
         if not self._trouble:
             words = data[:100].decode("ascii", "replace")
-            self._trouble = f"connection {peer.place}: {what} {words}"
+            self._trouble = f"connection {peer.place if peer else -1}: {what} {words}"
 
     def _gone(self, peer: Peer, why: str, data: bytes = b"") -> None:
         self._fail(peer, why, data)
@@ -146,9 +156,12 @@ class SlowClient:
         self._send_frame(peer, 1, b'{"type":"message","payload":{"n":%d}}' % number)
 
     @staticmethod
-    def _publication(user: int | None, number: int, size: int) -> bytes:
-        body = b'{"type":"notification","payload":{"n":%d,"pad":"' % number
-        body += b"x" * (size - 3 - len(body)) + b'"}}'
+    def _message(number: int, size: int) -> bytes:
+        body = _BEFORE_PAYLOAD + b'{"n":%d,"pad":"' % number
+        return body + b"x" * (size - 3 - len(body)) + b'"}}'
+
+    def _publication(self, user: int | None, number: int, size: int) -> bytes:
+        body = self._message(number, size)
         channel = b"channels:broadcast" if user is None else b"user_noti:u%d" % user
         return b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
             len(channel),
@@ -156,6 +169,17 @@ class SlowClient:
             len(body),
             body,
         )
+
+    def _durable_publication(self, template: bytes, user: int, number: int, size: int) -> bytes:
+        # Without what says the same as the arguments, and the brace at its end.
+        payload = self._message(number, size)[len(_BEFORE_PAYLOAD) : -1]
+        return backend.publication(template, f"u{user}", payload)
+
+    def _take_replies(self) -> None:
+        for reply in self._publisher.replies():
+            self._phase.replied += 1
+            if not isinstance(reply, list) or reply[-1] != b"accepted":
+                self._fail(None, "not accepted:", str(reply).encode())
 
     # Receiving
 
@@ -187,9 +211,24 @@ class SlowClient:
             self._record(peer, place)
         elif place % peers != peer.place:
             self._fail(peer, "not for this user:", text)
-        elif self._record(peer, place // peers) and phase.latency is not None:
-            due = phase.start + place * phase.interval
-            phase.latency[place] = time.monotonic_ns() - due
+        elif self._record(peer, place // peers):
+            if phase.latency is not None:
+                due = phase.start + place * phase.interval
+                phase.latency[place] = time.monotonic_ns() - due
+            if phase.kind == "durable":
+                self._check_seq(peer, place // peers, text)
+
+    def _check_seq(self, peer: Peer, index: int, text: bytes) -> None:
+        """Compare the seq with that of the first that came, which says all the others.
+
+        The ledger counts what it accepts for a user, without a hole and in the order of publishing.
+        """
+        found = _SEQ.search(text)
+        seq = int(found[1]) if found else -1
+        if not peer.seqs and seq > index:
+            peer.seqs = seq - index
+        if seq != peer.seqs + index:
+            self._fail(peer, "not its seq:", text)
 
     def _take_answer(self, peer: Peer, text: bytes) -> None:
         phase = self._phase
@@ -278,6 +317,8 @@ class SlowClient:
             peer = by_fd.get(fd)
             if peer is not None:
                 self._readable(peer)
+            elif fd == self._publisher.fileno():
+                self._take_replies()
 
     def _reach(self, progress: Progress, goal: int) -> bool:
         """Turn until ``progress()`` is ``goal``; return False if nothing moves any more."""
@@ -293,6 +334,9 @@ class SlowClient:
 
     def _received(self) -> int:
         return self._phase.received
+
+    def _replied(self) -> int:
+        return self._phase.replied
 
     # Commands
 
@@ -322,8 +366,8 @@ class SlowClient:
                 return self._open(int(count), int(concurrency), greets=greets == "1")
             case "fanout", messages, size:
                 return self._fanout(int(messages), int(size))
-            case "unicast", messages, size, window:
-                return self._unicast(int(messages), int(size), int(window))
+            case ("unicast" | "durable") as kind, messages, size, window, *path:
+                return self._in_rounds(kind, int(messages), int(size), int(window), path)
             case "echo", each:
                 return self._echo(int(each))
             case "latency", messages, rate, size, path:
@@ -345,6 +389,11 @@ class SlowClient:
         if phase.kind == "echo":
             for peer in self._peers:
                 peer.answered += phase.each
+        if phase.kind == "durable":
+            peers = len(self._peers)
+            for peer in self._peers:
+                if peer.seqs:
+                    peer.seqs += (phase.messages - peer.place + peers - 1) // peers
         self._phase = Phase("nothing", phase.first + phase.messages, 0, 0, 0)
         return phase.received
 
@@ -403,14 +452,27 @@ class SlowClient:
                 break
         return self._end(messages * receivers)
 
-    def _unicast(self, messages: int, size: int, window: int) -> int:
-        phase = self._begin("unicast", messages, -(-messages // len(self._peers)))
+    def _in_rounds(self, kind: str, messages: int, size: int, window: int, path: list[str]) -> int:
+        template = Path(path[0].strip()).read_bytes() if path else b""
+        phase = self._begin(kind, messages, -(-messages // len(self._peers)))
         for sent in range(0, messages, window):
             stop = min(sent + window, messages)
-            self._publish_users(phase, range(sent, stop), size)
+            if not path:
+                self._publish_users(phase, range(sent, stop), size)
+            else:
+                self._publish_durably(phase, range(sent, stop), size, template)
             if not self._reach(self._received, stop):
                 break
+            if path and not self._reach(self._replied, stop):
+                break
         return self._end(messages)
+
+    def _publish_durably(self, phase: Phase, places: range, size: int, template: bytes) -> None:
+        peers = len(self._peers)
+        commands = [
+            self._durable_publication(template, at % peers, phase.first + at, size) for at in places
+        ]
+        self._publisher.send(b"".join(commands))
 
     def _publish_users(self, phase: Phase, places: range, size: int) -> None:
         peers = len(self._peers)

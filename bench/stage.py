@@ -90,6 +90,7 @@ class Stage:
 
     serving: Serving
     client: Client
+    redis_port: int
     core: int
     """The worker's."""
     worker_clock: Clock
@@ -125,8 +126,16 @@ class Stage:
             others_share=max(0.0, others / (time.monotonic_ns() - began)),
         )
 
-    def repetition(self, timed: Timed, figures: dict[str, float]) -> Repetition:
-        """Return what was measured, with everything the client has seen since its start."""
+    def repetition(
+        self, timed: Timed, figures: dict[str, float], *, unconfirmed: int = 0
+    ) -> Repetition:
+        """Return what was measured, with everything the client has seen since its start.
+
+        Args:
+            timed: The measured command.
+            figures: What the scenario makes of it.
+            unconfirmed: Users whose receipts are missing; they count as failed.
+        """
         self.client.counts()
         replies = self.client.replies
         wall = timed.reply.wall_ns
@@ -146,11 +155,14 @@ class Stage:
                 lost=sum(reply.lost for reply in replies),
                 doubled=sum(reply.doubled for reply in replies),
                 reordered=sum(reply.reordered for reply in replies),
-                failed=sum(reply.failed for reply in replies),
+                failed=sum(reply.failed for reply in replies) + unconfirmed,
             ),
             greeted=sum(reply.greeted for reply in replies),
             healthy=self.serving.healthy(),
-            trouble=next((reply.trouble for reply in replies if reply.trouble), ""),
+            trouble=next(
+                (reply.trouble for reply in replies if reply.trouble),
+                f"receipts of {unconfirmed} users are missing" if unconfirmed else "",
+            ),
         )
 
 
@@ -204,6 +216,7 @@ def set_for(server: Server, props: Props) -> Iterator[Stage]:
         yield Stage(
             serving=serving,
             client=player,
+            redis_port=redis.port,
             core=props.server_core,
             worker_clock=machine.cpu_clock(serving.worker),
             redis_clock=machine.cpu_clock(redis.pid),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from bench.scenario import Scenario
-from bench.scenarios import connect, echo, fanout, idle, latency, unicast
+from bench.scenarios import connect, durable, echo, fanout, idle, latency, unicast
 
 SCENARIOS: Final[Mapping[str, Scenario]] = {
     one.name: one
@@ -13,6 +13,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
         connect.SCENARIO,
         fanout.SCENARIO,
         unicast.SCENARIO,
+        durable.SCENARIO,
         echo.SCENARIO,
         latency.SCENARIO,
     )

@@ -20,7 +20,7 @@ SCENARIO: Final = Scenario(
     name="connect",
     about="CPU per handshake with JWT, µs",
     headline="cpu_us",
-    goal=1.3,
+    goal=1.6,
     connections=(6_000,),
     measure=measure,
 )

@@ -3,7 +3,8 @@
     python other_server.py PORT REDIS_PORT WORKERS
 
 What is published to the channel ``faults`` is the list of faults from then on, as JSON. A fault
-strikes one number in ten: see `Faulty.deliver`.
+strikes one number in ten: see `Faulty.deliver`. What the ledger publishes is delivered, too, in the
+product's form.
 """
 
 import asyncio
@@ -28,6 +29,22 @@ def user_of(path: str) -> str:
     """Return whose token is in the query."""
     token = parse_qs(urlsplit(path).query)["token"][0]
     return str(jwt.decode(token, SECRET, algorithms=["HS256"])["sub"])
+
+
+def durable(envelope: bytes) -> str:
+    """Return the frame of a notification from the ledger."""
+    _, point, _, name, kind, payload, *_ = msgspec.json.decode(envelope[2:])
+    frame = {
+        "type": kind,
+        "id": name,
+        "seq": int(point.rpartition("-")[2]) // 4096,
+        "payload": payload,
+        "position": f"1.{point}",
+    }
+    return msgspec.json.encode(frame).decode()
+
+
+FAULTS = {3: "lost", 4: "misnumbered", 5: "doubled", 6: "closed", 7: "reordered", 9: "stray"}
 
 
 class Faulty:
@@ -64,15 +81,16 @@ class Faulty:
         if channel == b"faults":
             self.faults = set(msgspec.json.decode(data))
             return
-        number = msgspec.json.decode(data)["payload"]["n"]
+        text = durable(data) if data.startswith(b"\x01n") else data.decode()
+        number = msgspec.json.decode(text)["payload"]["n"]
         for user, connection in list(self.connections.items()):
             if channel in {b"channels:broadcast", f"user_noti:{user}".encode()}:
                 with contextlib.suppress(ConnectionClosed):
-                    await self.deliver(connection, number, data.decode())
+                    await self.deliver(connection, number, text)
 
     async def deliver(self, connection: ServerConnection, number: int, text: str) -> None:
         """Send one message, or do to it what is ordered for its number."""
-        fault = {3: "lost", 5: "doubled", 6: "closed", 7: "reordered", 9: "stray"}.get(number % 10)
+        fault = FAULTS.get(number % 10)
         if fault not in self.faults:
             fault = None
         match fault:
@@ -86,6 +104,8 @@ class Faulty:
                 return
             case "stray":
                 await connection.send('{"type":"surprise"}')
+            case "misnumbered":
+                text = text.replace('"seq":', '"seq":1')
         await connection.send(text)
         if fault == "doubled":
             await connection.send(text)

@@ -11,9 +11,10 @@ from pathlib import Path
 import jwt
 import pytest
 
-from bench import client, servers
+from bench import backend, client, servers
 from bench.client import BenchError, Client, Program, Reply
 from bench.servers import Other, Redis, Serving
+from trioserver import ledger
 from trioserver.resp import pack
 
 OTHER = Path(__file__).with_name("other_server.py")
@@ -103,6 +104,58 @@ def test_unicast_faults(start: Start) -> None:
     expected = {"lost": 2, "doubled": 2, "reordered": 2, "failed": 2}
     assert expected == counts(reply, client.counts())
     assert "surprise" in reply.trouble
+
+
+def test_durable(redis: Redis, start: Start) -> None:
+    """What goes through the ledger is counted like the rest, phase after phase."""
+    backend.make_known(redis.port)
+    client = start(connections=7)
+    template = backend.template()
+
+    replies = [
+        client.durable(33, 200, 10, template),
+        client.unicast(5, 200, 5),
+        client.durable(1, 200, 1, template),
+        client.durable(50, 8_000, 50, template),
+        client.counts(),
+    ]
+
+    assert [33, 5, 1, 50, 0] == [reply.units for reply in replies]
+    assert {} == counts(*replies)
+
+
+def test_durable_faults(redis: Redis, start: Start) -> None:
+    """Faults are told apart; a number of the ledger that is not the right one is a failure."""
+    backend.make_known(redis.port)
+    client = start("lost", "doubled", "reordered", "misnumbered", connections=1)
+
+    reply = client.durable(20, 200, 20, backend.template())
+
+    expected = {"lost": 2, "doubled": 2, "reordered": 2, "failed": 2}
+    assert expected == counts(reply, client.counts())
+    assert "not its seq" in reply.trouble
+
+
+def test_refused_publications(redis: Redis, start: Start) -> None:
+    """What Redis does not accept is a failure, with its words, and is lost."""
+    backend.make_known(redis.port)
+    client = start(connections=2)
+
+    reply = client.durable(3, 20_000, 3, backend.template())
+
+    assert {"lost": 3, "failed": 3} == counts(reply)
+    assert "BADREQUEST" in reply.trouble
+
+
+def test_unknown_script(start: Start) -> None:
+    """A Redis that does not know the script publishes nothing, and that is said."""
+    unknown = backend.template().replace(ledger.SCRIPTS["publish"].sha.encode(), b"0" * 40)
+    client = start(connections=1)
+
+    reply = client.durable(1, 200, 1, unknown)
+
+    assert {"lost": 1, "failed": 1} == counts(reply)
+    assert "NOSCRIPT" in reply.trouble
 
 
 def test_open_loop_faults(start: Start) -> None:

@@ -1,5 +1,6 @@
 """What is made of the measurements."""
 
+import re
 from pathlib import Path
 
 import attrs
@@ -43,6 +44,19 @@ def row(ours: list[Repetition], theirs: list[Repetition] | None = None) -> Row:
     )
 
 
+def dearer(ours: list[Repetition], yardstick: Row | None) -> Row:
+    """Return a row about a scenario that is compared with the one of `row`."""
+    return results.row(
+        scenario="durable",
+        connections=(200,),
+        headline="cpu_us",
+        goal=2.0,
+        repetitions={"trioserver": ours},
+        against="echo",
+        yardstick=yardstick,
+    )
+
+
 def run(*rows: Row) -> Results:
     """Return a run with these rows."""
     return Results(
@@ -76,6 +90,23 @@ def test_row() -> None:
     assert made.valid
 
 
+def test_row_against_another_scenario() -> None:
+    """Its ratios are to our own figures in the other scenario, pair by pair."""
+    yardstick = row([repetition(10), repetition(8)], [repetition(1), repetition(1)])
+
+    ratio = dearer([repetition(18), repetition(20)], yardstick).ratios["cpu_us"]
+
+    assert pytest.approx((19 / 9, 1.8, 2.5)) == (ratio.median, ratio.low, ratio.high)
+
+
+def test_row_without_its_yardstick() -> None:
+    """There is no ratio to what was not measured, nor to what is invalid."""
+    invalid = row([repetition(10, lost=1)])
+
+    assert {} == dearer([repetition(18)], None).ratios
+    assert {} == dearer([repetition(18)], invalid).ratios
+
+
 def test_file(tmp_path: Path) -> None:
     """What is saved is what is loaded; anything else is an expected error."""
     kept = run(row([repetition(10)], [repetition(9)]))
@@ -106,6 +137,27 @@ def test_table_of_one_server() -> None:
     table = report.table(run(row([repetition(10)])))
 
     assert ["scenario", "connections", "figure", "trioserver"] == table.splitlines()[0].split()
+
+
+def test_table_of_a_scenario_that_only_we_play() -> None:
+    """The table says what the ratio is to, and that the other server has no part in it."""
+    yardstick = row([repetition(10)], [repetition(5)])
+    table = report.table(run(yardstick, dearer([repetition(19)], yardstick)))
+
+    cells = re.split(r"  +", table.splitlines()[2])
+    assert ["19 (19-19)", "-", "1.9 (1.9-1.9) of echo", "≤ 2", "met"] == cells[3:]
+    assert "durable: the ratio is to echo of trioserver, measured in turns" in table
+    assert "sketch does not play it" in table
+
+
+def test_page_of_a_scenario_that_only_we_play() -> None:
+    """Without another server there are still its ratio and its goal."""
+    yardstick = row([repetition(10)])
+    page = report.page(run(yardstick, dearer([repetition(21)], yardstick)))
+
+    assert "| durable | 200 | cpu_us | 21 (21-21) | 2.1 (2.1-2.1) of echo |" in page
+    assert "≤ 2 | missed |" in page
+    assert "durable: the ratio is to echo of trioserver, measured in turns." in page
 
 
 def test_suspicions() -> None:
