@@ -55,11 +55,6 @@ _decode_notice = msgspec.json.Decoder(Notice).decode
 _decode_change = msgspec.json.Decoder(Change).decode
 
 
-def is_envelope(data: bytes) -> bool:
-    """Return whether ``data`` is the ledger's, and not a raw publication."""
-    return data[:1] == VERSION
-
-
 def decode(data: bytes) -> Entry:
     """Return what an envelope says.
 

@@ -184,8 +184,15 @@ class Feed:
         if first and not self._find_everyone(page):
             self._page = page
             return
-        if self._progress is not None:
-            self._progress.rewinding = False
+        progress = self._progress
+        if progress is not None:
+            progress.rewinding = False
+            if not first and position.epoch_of(self._own.point) != page.epoch:
+                progress.new_epoch()
+        if first and self._wish.ack:
+            # It is read from where the acknowledged ends.
+            progress = progress or self._make_progress()
+            progress.acked_seq = position.seq_of(page.start)
         if self._host.outbox.corked:
             where = position.join(f"{page.epoch}.{page.start}", self._everyone.point)
             self._host.shared.tally.resumed += not page.why
@@ -215,8 +222,9 @@ class Feed:
 
     def _take_everyones(self, page: Page) -> None:
         head = self._host.shared.head
-        if not page.more and not head.live:
-            head.reached(f"{page.epoch}.{page.reached}", more=False)
+        reached = f"{page.epoch}.{page.reached}"
+        if not page.more and (not head.live or position.is_after(reached, head.point)):
+            head.reached(reached, more=False)
         if not self._everyone.point:
             self._everyone.point = f"{page.epoch}.{page.start}"
             progress = self._progress or self._make_progress()
@@ -259,8 +267,8 @@ class Feed:
 
     def _catch_up(self, *, everyone: bool) -> None:
         track = self._track(everyone=everyone)
-        # Without a point it has not been read for the first time, and will be.
-        if self._own.point and track.point and track.begin():
+        # Without a point the first read is on its way; the track takes care of another behind it.
+        if track.begin() and track.point:
             self._host.shared.reader.want(self, everyone=everyone)
 
     def _track(self, *, everyone: bool) -> Track[Entry]:
@@ -284,10 +292,14 @@ class Feed:
             if entry.by == self._host.connection_id:
                 return False  # it has its answer
             unread = None if everyone else entry.unread
-            return self._offer(self._updates(entry.state, entry.ids, unread, everyone=everyone))
-        if not self._offer_notice(self._live_frame(entry, everyone=everyone)):
+            updates = self._updates(entry.state, entry.ids, unread, everyone=everyone)
+            return self._offer_kept(updates, is_notice=False)
+        tally = self._host.shared.tally
+        if not self._offer_kept(self._live_frame(entry, everyone=everyone), is_notice=True):
+            tally.failed += 1
             return False
-        self._host.shared.tally.notifications_delivered["live"] += 1
+        tally.notifications_delivered["live"] += 1
+        tally.messages_out += 1
         return True
 
     def _live_frame(self, entry: Notice, *, everyone: bool) -> bytes:
@@ -309,11 +321,11 @@ class Feed:
             )
         )
 
-    def _offer_notice(self, frame: bytes) -> bool:
-        """Offer the frame of a notification, with a ping if it is time to ask for a receipt."""
+    def _offer_kept(self, frame: bytes, *, is_notice: bool) -> bool:
+        """Offer what the ledger keeps, with a ping if it is time to ask for a receipt."""
         host = self._host
         shared = host.shared
-        progress = self._sent()
+        progress = self._sent(is_notice=is_notice)
         ping = b""
         if host.pinged is None and shared.pace.ping_interval:
             now = trio.current_time()
@@ -322,13 +334,12 @@ class Feed:
             else:
                 host.hasten(progress.pinged_at + REMIND_SECONDS)
         outbox = host.outbox
-        accepted = outbox.deliver_with(frame, ping) if ping else outbox.deliver(frame)
-        if accepted:
-            shared.tally.messages_out += 1
-            shared.tally.bytes_out += len(frame) + len(ping)
-        else:
-            shared.tally.failed += 1
-        return accepted
+        if not is_notice:
+            return self._offer(frame + ping)
+        if not (outbox.deliver_with(frame, ping) if ping else outbox.deliver(frame)):
+            return False
+        shared.tally.bytes_out += len(frame) + len(ping)
+        return True
 
     def _offer(self, data: bytes) -> bool:
         if not data or not self._host.outbox.offer(data):
@@ -336,8 +347,12 @@ class Feed:
         self._host.shared.tally.bytes_out += len(data)
         return True
 
-    def _sent(self) -> Progress:
-        """Take note that everything up to where both tracks stand is being sent."""
+    def _sent(self, *, is_notice: bool) -> Progress:
+        """Take note that everything up to where both tracks stand is being sent.
+
+        Args:
+            is_notice: Whether there is a notification in it, which can be acknowledged.
+        """
         host = self._host
         progress = self._progress
         if progress is None:
@@ -348,7 +363,7 @@ class Feed:
         if not progress.urgency:
             host.shared.receipts.late(progress)
         wait = host.shared.pace.ack_wait
-        if self._wish.ack and wait and progress.redeliver_at == math.inf:
+        if is_notice and self._wish.ack and wait and progress.redeliver_at == math.inf:
             progress.redeliver_at = host.shared.pump.now + wait
             host.hasten(progress.redeliver_at)
         return progress
@@ -379,14 +394,22 @@ class Feed:
                 # On another device, while this one was away.
                 found.append(self._updates("read", [item.id], unread, everyone=everyone))
         track.point = f"{page.epoch}.{page.reached}"
-        if notices:
-            shared = self._host.shared
-            shared.tally.notifications_delivered["backlog"] += notices
-            shared.tally.messages_out += notices
-            self._sent()
-            if self._host.pinged is None and shared.pace.ping_interval:
+        if found:
+            self._sent_page(page, notices, everyone=everyone)
+            if self._host.pinged is None and self._host.shared.pace.ping_interval:
                 found.append(self.ping(trio.current_time()))
         return b"".join(found)
+
+    def _sent_page(self, page: Page, notices: int, *, everyone: bool) -> None:
+        tally = self._host.shared.tally
+        tally.notifications_delivered["backlog"] += notices
+        tally.messages_out += notices
+        progress = self._sent(is_notice=notices > 0 and not everyone)
+        if everyone or notices or not self._wish.ack:
+            return
+        if progress.acked_seq >= position.seq_of(page.start):
+            # Nothing in it to be acknowledged: the same gap must not come with every connection.
+            progress.acked_seq = position.seq_of(page.reached)
 
     def _backlog_frame(self, item: ledger.Notice, unread: int | None, *, everyone: bool) -> bytes:
         milliseconds, number = position.order(item.place)
@@ -503,6 +526,8 @@ class Feed:
     def untold(self, ref: str | None) -> None:
         """Say that the ledger could not be told; see `receipts.Asker`."""
         self._asks -= 1
+        if ref is None:
+            return  # nobody has asked for an answer; what was acknowledged is told later
         self._host.shared.tally.error("unavailable")
         problem = "the ledger cannot be told now; try again"
         self._host.answer(messages.encode(messages.Error("unavailable", problem, ref=ref)))

@@ -415,19 +415,21 @@ def _item(item: list[object]) -> Item:
         )
         return Notice(
             place.decode(),
-            name.decode(),
+            name.decode(errors="replace"),
             kind.decode(errors="replace"),
             payload,
             expires,
             attempt,
-            state.decode(),
+            state.decode(errors="replace"),
             trace.decode(errors="replace") or None,
         )
     if item[0] == b"u":
         _, place, state, ids = cast("tuple[bytes, bytes, bytes, bytes]", item)
-        return Change(place.decode(), state.decode(), ids.decode(errors="replace").split())
+        return Change(
+            place.decode(), state.decode(errors="replace"), ids.decode(errors="replace").split()
+        )
     _, first, last, missing, reason = cast("tuple[bytes, int, int, int, bytes]", item)
-    return Gap(first, last, missing, reason.decode())
+    return Gap(first, last, missing, reason.decode(errors="replace"))
 
 
 # ---- report, mark, cancel, due

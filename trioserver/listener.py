@@ -129,14 +129,15 @@ class Listener:
             why = "the server is going away" if self.draining else "the server is full"
             raise Refusal(503, why, (("Retry-After", str(RETRY_AFTER_SECONDS)),))
         parameters = request.parameters()
+        try:
+            wish = of_query(parameters)
+        except ClientError as error:
+            raise Refusal(400, error.message) from None
         claims = self._authenticate(upgrade.token, parameters)
         if claims is None and upgrade.extension is not None:
             # Inflating is work, and nobody may ask for it who has not said who he is.
             upgrade = attrs.evolve(upgrade, extension=None)
-        try:
-            return upgrade, claims, of_query(parameters)
-        except ClientError as error:
-            raise Refusal(400, error.message) from None
+        return upgrade, claims, wish
 
     def _authenticate(self, token: str | None, parameters: Mapping[str, str]) -> Claims | None:
         shared = self.shared

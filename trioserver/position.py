@@ -73,6 +73,11 @@ def order(point: str) -> tuple[int, int]:
     return int(milliseconds), int(number)
 
 
+def is_after(point: str, other: str) -> bool:
+    """Return whether ``point`` is later than ``other``, in the same epoch."""
+    return epoch_of(point) == epoch_of(other) and order(point) > order(other)
+
+
 def seq_of(point: str) -> int:
     """Return the seq of the newest notification at or before a point or place."""
     return int(point.rpartition("-")[2]) // SEQ_SPAN

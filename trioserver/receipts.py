@@ -42,7 +42,10 @@ MARK_SECONDS: Final = 3.0
 """For how long it is tried to mark something as read, while its client waits."""
 
 _FOR_GOOD: Final = ("BADREQUEST", "ERR", "WRONGTYPE")
-"""Codes of refusals that do not pass by themselves."""
+"""Codes of refusals that do not pass by themselves..."""
+
+_FOR_NOW: Final = ("-READONLY", "-OOM", "-LOADING", "-MASTERDOWN", "-NOREPLICAS", "-MISCONF")
+"""... unless a script has met one of these: an older Redis says ERR, and then what it was."""
 
 PAUSE_FIRST: Final = 0.1
 PAUSE_CAP: Final = 2.0
@@ -105,6 +108,11 @@ class Progress:
         self.redeliveries = 0
         self.rewinding = False
         self.urgency = Urgency.NONE
+
+    def new_epoch(self) -> None:
+        """Forget what was acknowledged: these numbers will be given to others."""
+        self.acked_seq = 0
+        self.acked_ids = []
 
     @property
     def unconfirmed(self) -> bool:
@@ -217,6 +225,8 @@ class Receipts:
         self._soon_at = self._late_at = INFINITY
         self._news = trio.Event()
         """Set when one of these two moments has come nearer."""
+        self._away = False
+        """Whether the latest batch was not answered."""
         self._pause = PAUSE_FIRST
         self._rng = random.Random()  # noqa: S311 - spreads load, guards nothing
 
@@ -317,19 +327,21 @@ class Receipts:
             work.append(_Report(progress=progress, acked_ids=ids, askers=askers, commands=commands))
         marks, self._marks = self._marks, []
         work.extend(marks)
-        tried = 0
+        tried, well = 0, True
         try:
             while tried < len(work):
                 batch = work[tried : tried + BATCH]
                 tried += len(batch)
-                if not await self._tell(link, batch):
+                well &= await self._tell(link, batch)
+                if self._away:
                     return False
         finally:
             # The first that fails speaks for all: nobody waits for a silent Redis again and again.
             for one in work[tried:]:
                 one.missed(self, final=False)
-        self._pause = PAUSE_FIRST
-        return True
+        if well:
+            self._pause = PAUSE_FIRST
+        return well
 
     async def _tell(self, link: RedisLink, work: list[_Mark | _Report]) -> bool:
         commands = [command for one in work for command in one.commands]
@@ -343,6 +355,7 @@ class Receipts:
                 # Also if we are being stopped: nothing is forgotten before it is told.
                 for one in work:
                     one.missed(self, final=False)
+        self._away = replies is None
         if replies is None:
             return False
         refusals: list[str] = []
@@ -354,7 +367,7 @@ class Receipts:
                 refusals.append(refusal)
         if refusals:
             self._log_trouble(refusals[0])
-        return all(one.startswith(_FOR_GOOD) for one in refusals)
+        return all(_is_final(one) for one in refusals)
 
     def _settle(self, one: _Mark | _Report, replies: list[Reply | RedisRefused]) -> str:
         """Take note of how it went; return what Redis said if it refused."""
@@ -362,9 +375,14 @@ class Receipts:
         last = replies[-1]
         try:
             if refusal or isinstance(last, RedisRefused):
-                one.missed(self, final=refusal.startswith(_FOR_GOOD))
+                one.missed(self, final=_is_final(refusal))
             else:
                 one.told(last)
         except Exception as bug:  # noqa: BLE001 - the others are not to blame
             self._log_bug("reporting to the ledger", bug)
         return refusal
+
+
+def _is_final(refusal: str) -> bool:
+    """Return whether it is no use to try again."""
+    return refusal.startswith(_FOR_GOOD) and not any(code in refusal for code in _FOR_NOW)

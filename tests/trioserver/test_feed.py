@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import attrs
+import msgspec
 import trio
 
 from tests.trioserver.wire import (
@@ -480,3 +481,81 @@ async def test_where_a_new_client_stands_in_everyones_stream_is_stored() -> None
             await come(worker)
             question = worker.reading.wanted[0][0].question(everyone=False) or ()
             assert point(1) == question[question.index("all") + 1]
+
+
+async def test_a_page_of_nothing_but_gaps_is_confirmed_too() -> None:
+    """Else the same gap would come with every connection of this device, for ever."""
+    with trio.fail_after(LIMIT):
+        async with running(pace=PINGING) as worker:
+            worker.reading.patient = True
+            client = await come(worker, "?device=phone&ack=1")
+            worker.reading.answer(page(Gap(1, 4, 4, "expired"), reached=place(4), why="expired"))
+            worker.reading.answer(page())
+            await client.until("gap")
+            opcode, payload = await client.frame()
+            assert PING == opcode
+            progress = the_progress(worker)
+            assert (4, math.inf) == (progress.acked_seq, progress.redeliver_at)
+            await client.send(frame(PONG, payload))
+            await until(lambda: progress.received == point(4))
+
+
+async def test_who_does_not_acknowledge_is_not_said_to_have() -> None:
+    """The same page, for a client that has not asked for it."""
+    with trio.fail_after(LIMIT):
+        async with running(pace=PINGING) as worker:
+            worker.reading.patient = True
+            client = await come(worker, "?device=phone")
+            worker.reading.answer(page(Gap(1, 4, 4, "expired"), reached=place(4), why="expired"))
+            worker.reading.answer(page())
+            await client.until("gap")
+            assert 0 == the_progress(worker).acked_seq
+
+
+async def test_an_update_is_confirmed_too() -> None:
+    """A device must not be told of it again when it comes back."""
+    with trio.fail_after(LIMIT):
+        async with running(pace=PINGING) as worker:
+            client = await worker.join()
+            now = point(1, after=1)
+            await enter(worker, topic("ann"), change("e0.0-0", now, "read", ["p00-1"], 0))
+            await client.until("update")
+            assert (PING, f"1.{now}.e0.0-0") == tuple(
+                part if isinstance(part, int) else part.decode() for part in await client.frame()
+            )
+
+
+async def test_acknowledgements_end_with_their_epoch() -> None:
+    """The same numbers are given to others then."""
+    pace = attrs.evolve(CALM, ack_wait=30.0, max_redeliveries=5)
+    with trio.fail_after(LIMIT):
+        async with running(pace=pace) as worker:
+            client = await come(worker, "?ack=1")
+            await client.until("connection_established")
+            await enter(worker, topic("ann"), envelope(1))
+            await client.message()
+            await client.send(text({"type": "ack", "seq": 1}))
+            progress = the_progress(worker)
+            await until(lambda: progress.acked_seq == 1)
+            worker.reading.patient = True
+            worker.only().catch_up()
+            found = page(Gap(0, 0, 0, "epoch"), notice(1), reached=place(1), why="epoch")
+            worker.reading.answer(msgspec.structs.replace(found, epoch="e1"))
+            await client.until("order")
+            assert (0, []) == (progress.acked_seq, progress.acked_ids)
+            assert math.inf > progress.redeliver_at
+
+
+async def test_what_nobody_has_asked_about_is_not_answered() -> None:
+    """An ack without a ref that could not be told is told later; the client hears nothing."""
+    with trio.fail_after(LIMIT):
+        async with running() as worker:
+            client = await worker.join()
+            feed = worker.only()._feed
+            assert feed is not None
+            for ref in (None, "r"):
+                feed._asks += 1
+                feed.untold(ref)
+            error = await client.message()
+            assert ("error", "unavailable", "r") == (error["type"], error["code"], error["ref"])
+            assert 1 == worker.tally.errors["unavailable"]

@@ -294,6 +294,15 @@ def test_each_event_is_told_once(stage: Stage) -> None:
     assert {event["seq"] for event in stage.events()} == {"1"}
 
 
+def test_what_went_out_live_was_the_first_attempt(stage: Stage) -> None:
+    """So that what is read later, and sent again, is the second."""
+    one = stage.publish()
+    stage.report(sent=point_of(one))
+    assert stage.life(one.id)["t:phone"] == "1"
+    (item,) = stage.read(device="phone").notices
+    assert item.attempt == 2
+
+
 def test_acknowledging_after_reading(stage: Stage) -> None:
     """Events go forward as states do: who has read needs no acknowledgement any more."""
     one = stage.publish()

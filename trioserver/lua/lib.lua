@@ -254,8 +254,8 @@ function ledger.renew(box, nonce)
   if call('EXISTS', box.inbox) == 1 then
     ledger.survey(box)
   else
-    -- They are of seqs that will come again. Only if there are any: the first write of a publish has
-    -- to be one that a full Redis refuses.
+    -- They are of seqs that will come again. Only if there are any: the first write of a publish
+    -- has to be one that a full Redis refuses.
     local holes = PREFIX .. 'holes:' .. box.owner
     if call('EXISTS', holes) == 1 then call('DEL', holes) end
   end

@@ -41,14 +41,20 @@ local function is_scalar(token)
   return rest == '' or rest:find('^[eE][+-]?%d+$') ~= nil
 end
 
+local function has_control_in_strings(bare)
+  for inside in bare:gmatch('"([^"]*)"') do
+    if inside:find('[%z\1-\31]') then return true end
+  end
+  return false
+end
+
 -- cjson takes NaN, 0x10, 007 and line breaks within strings, which no browser does.
 local function is_json(value)
   if not pcall(cjson.decode, value) then return false end
   local bare = value:find('\\', 1, true) and value:gsub('\\.', '') or value
-  if bare:find('%c') then
-    for inside in bare:gmatch('"([^"]*)"') do
-      if inside:find('[%z\1-\31]') then return false end
-    end
+  -- One look for both: usually there is neither.
+  if value:find('[%z\1-\31\128-\255]') then
+    if has_control_in_strings(bare) or not is_utf8(value) then return false end
   end
   bare = bare:gsub('"[^"]*"', '')
   if bare:find('[^%s%[%]{},:]') then
@@ -56,7 +62,7 @@ local function is_json(value)
       if not is_scalar(token) then return false end
     end
   end
-  return is_utf8(value)
+  return true
 end
 
 local function fits(value, length)

@@ -54,7 +54,8 @@ end
 -- Notes in the life of a notification what has newly happened to it on this device.
 local function note(id, seq, sent, received, acked)
   local key = PREFIX .. 'n:' .. id
-  local was = call('HMGET', key, 'state', 's:' .. device, 'r:' .. device, 'a:' .. device)
+  local was = call('HMGET', key, 'state', 's:' .. device, 'r:' .. device, 'a:' .. device,
+    't:' .. device)
   if not was[1] then return end
   local changes = {}
   local function set(field, value)
@@ -62,7 +63,10 @@ local function note(id, seq, sent, received, acked)
     changes[#changes + 1] = value
   end
   if was[2] or was[3] or was[4] or call('HLEN', key) < LIFE_FIELDS then
-    if sent and not was[2] then set('s:' .. device, now) end
+    if sent and not was[2] then
+      set('s:' .. device, now)
+      if not was[5] then set('t:' .. device, 1) end -- it went out live
+    end
     if received and not was[3] then set('r:' .. device, now) end
     if acked and not was[4] then set('a:' .. device, now) end
   end
