@@ -294,5 +294,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_FAILURE)
     except BrokenPipeError:
         # Whoever read our output has gone, as `| head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         sys.exit(EXIT_FAILURE)
+    except OSError as error:
+        _give_up_stdout()
+        note(f"{error}; what was asked for may have been done")
+        sys.exit(EXIT_FAILURE)
+
+
+def _give_up_stdout() -> None:
+    """Let nobody try to write what is left."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

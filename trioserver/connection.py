@@ -322,7 +322,7 @@ class Connection:
         greeting = self._take_greeting()
         if greeting and not self.outbox.send_past_cork(greeting):
             self.end(CloseReason.PEER_LOST)
-        elif now >= self._follow_by:
+        elif now >= self._follow_by and not (self._feed is not None and self._feed.go_alone()):
             # It stays wanted: as soon as Redis is back, it is told what it has missed.
             self.establish(None, "unavailable", b"")
 
@@ -399,7 +399,9 @@ class Connection:
         else:
             farewell = self._take_greeting() + self._goodbye(reason, reconnect_in_ms)
             slow = reason is CloseReason.TOO_SLOW
-            if self._feed is not None and not slow:
+            if self._feed is not None and slow:
+                self._feed.dropped()
+            elif self._feed is not None:
                 # What was sent in the last second has no receipt yet, and would come twice.
                 farewell = self._feed.last_ping(self.shared.pump.now) + farewell
             outbox.finish(farewell, drop=slow)

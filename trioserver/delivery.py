@@ -1,4 +1,7 @@
-"""From the subscription to the outboxes: each notification is parsed and encoded once, here.
+"""From the subscription to the outboxes: each publication is parsed once, here.
+
+A raw one becomes one frame for all who get it. An entry of the ledger goes to the feeds, which make
+a frame for each connection: it names that client's position.
 
 `Delivery.receive` is what the subscription calls with every message. It is synchronous for a
 user's own topic, which has a handful of outboxes. For a broadcast it returns the fan-out to be

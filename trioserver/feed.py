@@ -183,29 +183,56 @@ class Feed:
         first = not self._own.point
         if first and not self._find_everyone(page):
             self._page = page
-            return
-        progress = self._progress
-        if progress is not None:
-            progress.rewinding = False
-            if not first and position.epoch_of(self._own.point) != page.epoch:
-                progress.new_epoch()
-        if first and self._wish.ack:
-            # It is read from where the acknowledged ends.
-            progress = progress or self._make_progress()
-            progress.acked_seq = position.seq_of(page.start)
+        else:
+            self._serve(page, first=first)
+
+    def go_alone(self) -> bool:
+        """Give up waiting for everyone's stream; return whether its own can be served without."""
+        page, self._page = self._page, None
+        if page is None:
+            return False
+        self._serve(page, first=True)
+        return True
+
+    def _serve(self, page: Page, *, first: bool) -> None:
+        if first:
+            self._begin_progress(page)
+        elif self._progress is not None:
+            self._progress.rewinding = False
+            if self._is_another_history(page):
+                self._progress.new_epoch()
         if self._host.outbox.corked:
             where = position.join(f"{page.epoch}.{page.start}", self._everyone.point)
             self._host.shared.tally.resumed += not page.why
             self._host.establish(where, page.why, self._frames_of(page, everyone=False))
         else:
             self._offer(self._frames_of(page, everyone=False))
-        if first and self._wish.ack and self._wish.position and not page.why:
-            # What it says it has, it has handled: it must not get that again.
-            self.acknowledge(position.seq_of(page.start), "", None)
         self._turn(page, everyone=False)
         head = self._host.shared.head
         if first and head.live and self._everyone.point == head.point:
             self._go_live(head.point, everyone=True)
+
+    def _begin_progress(self, page: Page) -> None:
+        """Take note of what the client has from before, as far as it says so itself."""
+        wish = self._wish
+        said = wish.position and not page.why
+        if not (wish.ack or said):
+            return
+        progress = self._progress or self._make_progress()
+        if wish.ack:
+            # It is read from where the acknowledged ends, or where it says that it is.
+            progress.acked_seq = position.seq_of(page.start)
+        if said:
+            progress.sent = progress.received = f"{page.epoch}.{page.start}"
+            progress.everyone_sent = progress.everyone_received = self._everyone.point
+            self._host.shared.receipts.soon(progress)
+
+    def _is_another_history(self, page: Page) -> bool:
+        """Return whether the seqs of ``page`` are others than those that were acknowledged."""
+        if position.epoch_of(self._own.point) != page.epoch:
+            return True
+        gaps = [item for item in page.items if isinstance(item, ledger.Gap)]
+        return any(gap.reason == "failover" for gap in gaps)
 
     def _find_everyone(self, page: Page) -> bool:
         """Find out where to go on in everyone's stream; return whether that is known now."""
@@ -293,9 +320,11 @@ class Feed:
                 return False  # it has its answer
             unread = None if everyone else entry.unread
             updates = self._updates(entry.state, entry.ids, unread, everyone=everyone)
-            return self._offer_kept(updates, is_notice=False)
+            return self._offer_kept(updates, is_notice=False, compress=False)
         tally = self._host.shared.tally
-        if not self._offer_kept(self._live_frame(entry, everyone=everyone), is_notice=True):
+        frame = self._live_frame(entry, everyone=everyone)
+        # Each connection has a frame of its own; compressing ten thousand of them is too much.
+        if not self._offer_kept(frame, is_notice=True, compress=not everyone):
             tally.failed += 1
             return False
         tally.notifications_delivered["live"] += 1
@@ -321,7 +350,7 @@ class Feed:
             )
         )
 
-    def _offer_kept(self, frame: bytes, *, is_notice: bool) -> bool:
+    def _offer_kept(self, frame: bytes, *, is_notice: bool, compress: bool) -> bool:
         """Offer what the ledger keeps, with a ping if it is time to ask for a receipt."""
         host = self._host
         shared = host.shared
@@ -334,7 +363,7 @@ class Feed:
             else:
                 host.hasten(progress.pinged_at + REMIND_SECONDS)
         outbox = host.outbox
-        if not is_notice:
+        if not compress:
             return self._offer(frame + ping)
         if not (outbox.deliver_with(frame, ping) if ping else outbox.deliver(frame)):
             return False
@@ -463,6 +492,12 @@ class Feed:
         wanted = progress is not None and progress.unconfirmed
         return self.ping(now) if wanted and self._host.shared.pace.ping_interval else b""
 
+    def dropped(self) -> None:
+        """Take note that what was not confirmed may never have been written."""
+        progress = self._progress
+        if progress is not None:
+            progress.sent, progress.everyone_sent = progress.received, progress.everyone_received
+
     def confirmed(self, now: float) -> None:
         """Take note that the pong has come."""
         progress = self._progress
@@ -489,8 +524,12 @@ class Feed:
         """Tell the ledger that the client has handled all up to this one."""
         progress = self._progress or self._make_progress()
         self._asks += 1
+        # What was not sent cannot have been handled, and must not count when it is sent.
+        seq = min(seq, position.seq_of(self._own.point or position.NOWHERE))
+        advanced = seq > progress.acked_seq
         self._host.shared.receipts.acked(progress, self, seq, which, ref)
-        self._put_off(progress)
+        if advanced:
+            self._put_off(progress)
 
     def mark_read(self, ids: Sequence[str], up_to: int | str, ref: str | None) -> None:
         """Tell the ledger, and with it the other devices, what was read."""
@@ -511,8 +550,9 @@ class Feed:
         """Take note that the ledger knows of an ack; see `receipts.Asker`."""
         self._asks -= 1
         progress = self._progress
-        if progress is not None and seq > progress.acked_seq:
-            progress.acked_seq = seq
+        known = min(seq, position.seq_of(self._own.point or position.NOWHERE))
+        if progress is not None and known > progress.acked_seq:
+            progress.acked_seq = known
             self._put_off(progress)
         if ref is not None:
             self._host.answer(messages.encode(messages.Acked(seq, ref)))
@@ -558,14 +598,14 @@ class Feed:
         return host.pinged is None and progress.unconfirmed and bool(host.shared.pace.ping_interval)
 
     def _put_off(self, progress: Progress) -> None:
-        """Give the client time again, for it has acknowledged something."""
-        if progress.redeliver_at == math.inf:
-            return
+        """Give the client time again, for it has acknowledged more than before."""
         shared = self._host.shared
+        wait = shared.pace.ack_wait
         progress.redeliveries = 0
-        progress.redeliver_at = shared.pump.now + shared.pace.ack_wait
-        if progress.acked_seq >= position.seq_of(self._own.point):
-            progress.redeliver_at = math.inf
+        progress.redeliver_at = math.inf
+        if self._wish.ack and wait and progress.acked_seq < position.seq_of(self._own.point):
+            progress.redeliver_at = shared.pump.now + wait
+            self._host.hasten(progress.redeliver_at)
 
     def _redeliver(self, progress: Progress, now: float) -> None:
         pace = self._host.shared.pace

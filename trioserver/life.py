@@ -80,10 +80,16 @@ class _Cursor:
 
 
 class Look:
-    """Finds out how a user stands: send `questions`, give `answered` the replies, until none."""
+    """Finds out how a user stands: send `questions`, give `answered` the replies, until none.
 
-    def __init__(self, user: str) -> None:
+    Args:
+        user: Who.
+        counting: Whether to count what is kept, which reads the inbox.
+    """
+
+    def __init__(self, user: str, *, counting: bool = True) -> None:
         self._user = user
+        self._counting = counting
         self._meta: Mapping[str, str] = {}
         self._epoch = ""
         self._cursors: tuple[_Cursor, ...] = ()
@@ -103,7 +109,7 @@ class Look:
         )
         if not self._now:
             hashes = [("HGETALL", ledger.key(kind, self._user)) for kind in ("meta", "cursors")]
-            return [("TIME",), *hashes, inbox]
+            return [("TIME",), *hashes, *([inbox] if self._counting else [])]
         return [inbox] if self._next else []
 
     def answered(self, replies: Sequence[object]) -> None:
@@ -116,6 +122,9 @@ class Look:
             records = _pairs(cursors)
             self._epoch = records.get("epoch", "")
             self._cursors = tuple(_cursors(records))
+        if not self._counting:
+            self._next = ""
+            return
         entries = cast("list[tuple[bytes, list[bytes]]]", replies[-1])
         for place, fields in entries:
             entry = _pairs(fields)

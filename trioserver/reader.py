@@ -145,6 +145,7 @@ class Reader:
             page = ledger.page(reply)
         except Exception as bug:  # noqa: BLE001 - the others' pages are not to blame
             self._log_bug("reading the ledger", bug)
+            self._refused.extend(waiters)
             return
         for waiter, everyone in waiters:
             try:

@@ -263,9 +263,11 @@ class Worker:
             nursery.cancel_scope.cancel()
 
     def _link_changed(self) -> None:
-        if not self._subscription.up:
-            self._shared.head.forget()
-        else:
+        head = self._shared.head
+        head.forget()
+        if self._subscription.up:
+            # A page that is under way may be older than the link: it does not count.
+            head.begin()
             self._came_back.set()
         if self._canary is not None:
             self._canary.link_changed()

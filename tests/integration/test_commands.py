@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from tests.integration.clients import client, receive, url
@@ -91,3 +92,19 @@ def test_cancel_reaches_who_shows_it(server: Running) -> None:
             update["state"],
         )
     assert f"{accepted['id']}: cancelled" in server.run("trace", accepted["id"]).stdout
+
+
+def test_output_that_cannot_be_written_is_one_clear_line(server: Running) -> None:
+    """The notification was accepted by then: nobody shall think that it was not."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*server.command(), "publish", "--user", "ivy", "1"],
+            env=server.environ,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    assert (1, 1) == (done.returncode, done.stderr.count("\n")), done.stderr
+    assert "may have been done" in done.stderr

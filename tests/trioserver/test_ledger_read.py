@@ -120,12 +120,12 @@ def test_a_page_that_is_just_full(stage: Stage) -> None:
 
 
 def test_a_page_has_at_most_so_many_bytes(stage: Stage) -> None:
-    """The payloads of a page fit; only a single one may be larger than a page."""
+    """Payloads, and 400 for what a frame adds; only a single one may be larger than a page."""
     large, small = b'"' + b"x" * 98 + b'"', b"1"
     published = [stage.publish(payload=payload) for payload in (large, small, large, large, small)]
     pages, point = [], f"{epoch_in(published[0])}.0-0"
     for _ in range(4):
-        found = stage.read(point=point, max_bytes=101)
+        found = stage.read(point=point, max_bytes=901)
         pages.append(found.seqs)
         point = found.reached
         if not found.page.more:
@@ -482,3 +482,16 @@ def test_the_page_lives_within_the_retention(stage: Stage) -> None:
     [notice] = stage.read().notices
 
     assert WEEK - 60_000 < notice.expires - stage.caller.now() <= WEEK
+
+
+def test_a_full_redis_can_be_read(stage: Stage) -> None:
+    """Attempts and devices are not counted then; what was accepted arrives all the same."""
+    published = stage.publish_many(2)
+    stage.read(connect=True, device="phone")
+    stage.caller.ask("CONFIG", "SET", "maxmemory", "1")
+    try:
+        found = stage.read(connect=True, device="laptop")
+        again = stage.read(point=f"{epoch_in(published[0])}.0-0")
+    finally:
+        stage.caller.ask("CONFIG", "SET", "maxmemory", "0")
+    assert found.ids == again.ids == [one.id for one in published]

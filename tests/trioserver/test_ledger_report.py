@@ -294,6 +294,17 @@ def test_each_event_is_told_once(stage: Stage) -> None:
     assert {event["seq"] for event in stage.events()} == {"1"}
 
 
+def test_one_ack_costs_what_is_new_and_not_what_was_sent(stage: Stage) -> None:
+    """A client acknowledges one by one; each looks at a few entries, not at the whole inbox."""
+    published = stage.publish_many(200)
+    stage.report(sent=point_of(published[-1]))
+    stage.caller.ask("CONFIG", "RESETSTAT")
+    stage.report(acked_seq=1)
+    statistics = stage.caller.ask("INFO", "commandstats").decode()
+    (line,) = [one for one in statistics.splitlines() if one.startswith("cmdstat_hmget:")]
+    assert int(line.split("calls=")[1].split(",")[0]) < 20
+
+
 def test_what_went_out_live_was_the_first_attempt(stage: Stage) -> None:
     """So that what is read later, and sent again, is the second."""
     one = stage.publish()

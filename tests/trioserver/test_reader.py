@@ -404,11 +404,6 @@ async def test_redis_forgets_its_scripts(desk: Desk) -> None:
             "READONLY",
         ),
         (
-            ("CONFIG", "SET", "maxmemory", "1"),
-            ("CONFIG", "SET", "maxmemory", "0"),
-            "OOM",
-        ),
-        (
             ("ACL", "SETUSER", "default", "-evalsha"),
             ("ACL", "SETUSER", "default", "+evalsha"),
             "NOPERM",

@@ -24,6 +24,7 @@ else -- it is not yet due
   call('ZREM', PREFIX .. 'due', 'd:' .. id)
   call('HSET', key, 'state', 'cancelled', 'why', 'cancelled')
   call('HDEL', key, 'payload', 'trace', 'collapse', 'channel')
+  call('PEXPIREAT', key, now + DAY)
   ledger.tell('cancelled', box, id, 0, '', 'cancelled')
 end
 ledger.save(box)

@@ -144,15 +144,16 @@ end
 -- Calls visit(ms, n, id) for the notifications behind `start` up to `stop` (a place or +),
 -- until that returns true. In pieces, so that a long inbox is never copied as a whole.
 function ledger.each_notification(inbox, start, stop, visit)
+  local count = 8 -- usually it is one that is looked for
   while true do
-    local entries = call('XRANGE', inbox, '(' .. start, stop, 'COUNT', 100)
+    local entries = call('XRANGE', inbox, '(' .. start, stop, 'COUNT', count)
     for i = 1, #entries do
       local ms, n = ledger.place(entries[i][1])
       local fields = ledger.fields_of(entries[i])
       if ms and fields.i and fields.p and visit(ms, n, fields.i) then return end
     end
-    if #entries < 100 then return end
-    start = entries[100][1]
+    if #entries < count then return end
+    start, count = entries[count][1], 100
   end
 end
 
@@ -331,6 +332,10 @@ function ledger.append(box, is_notification, ...)
   ledger.advance(box, is_notification)
   local added = redis.pcall('XADD', box.inbox, box.last, ...)
   if type(added) == 'table' then
+    -- A full Redis, say: then this fails as well, and the caller hears why.
+    if not tostring(added.err):find('smaller', 1, true) then call('XADD', box.inbox, box.last, ...) end
+  end
+  if type(added) == 'table' and tostring(added.err):find('smaller', 1, true) then
     -- The inbox is ahead of what meta says, and nobody knows by what: a new epoch.
     ledger.renew(box)
     before = ledger.point_of(box)
@@ -358,7 +363,11 @@ function ledger.announce_some(box, state, ids, by)
   local before = ledger.append(box, false, 'u', state, 'i', joined)
   if merged then call('XDEL', box.inbox, stale) end
   ledger.change(box, 'update', box.last)
-  if call('PTTL', box.inbox) < 0 then call('PEXPIREAT', box.inbox, now + DAY) end
+  if call('PTTL', box.inbox) < 0 then
+    -- It had gone, and this has made it anew.
+    ledger.change(box, 'ends', now + DAY / 2)
+    call('PEXPIREAT', box.inbox, now + DAY)
+  end
   call('PUBLISH', box.channel or ledger.usual_channel(box), '\1u["' .. before .. '","'
     .. ledger.point_of(box) .. '",' .. box.unread .. ',"' .. state .. '",["'
     .. list:gsub(' ', '","') .. '"],' .. ledger.quoted(by) .. ']')
@@ -431,6 +440,7 @@ function ledger.finish(box, id, where, state, why)
   local was = call('HMGET', key, 'state', 'live')
   local rank = was[1] and (RANK[was[1]] or 0)
   call('ZREM', PREFIX .. 'due', 'x:' .. id, 'f:' .. id)
+  if was[1] then call('PEXPIREAT', key, now + DAY) end
   if rank and rank >= RANK.read then return false, true end
   ledger.discount(box, ms)
   if not rank then return true, true end
@@ -508,7 +518,9 @@ function ledger.post(box, item, limit)
   call('HSET', key, 'state', 'accepted', 'user', box.user, 'seq', box.seq, 'place', box.last,
     'type', item.type, 'at', item.at or now, 'expires', expires)
   if heard > 0 then call('HSET', key, 'live', heard) end
-  call('PEXPIREAT', key, expires + DAY)
+  -- Until its end is noticed, which makes it a day. It must not go before: nobody would know then
+  -- whose it was.
+  call('PEXPIREAT', key, expires + KEPT)
   call('ZADD', PREFIX .. 'due', expires, 'x:' .. id)
   if item.fallback then
     call('HSET', key, 'fallback', item.fallback)

@@ -126,7 +126,7 @@ local function schedule(box, item, at)
   for _, field in ipairs { 'trace', 'collapse', 'fallback', 'channel' } do
     if item[field] then call('HSET', key, field, item[field]) end
   end
-  call('PEXPIREAT', key, item.expires + DAY)
+  call('PEXPIREAT', key, item.expires + KEPT)
   call('ZADD', PREFIX .. 'due', at, 'd:' .. item.id)
 end
 

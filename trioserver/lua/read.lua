@@ -109,10 +109,12 @@ local function hand_out(id)
   local key = PREFIX .. 'n:' .. id
   local was = call('HMGET', key, 'state', 'live')
   if not was[1] then return 'accepted', 1 end
-  if not was[2] then call('HSET', key, 'live', 0) end
+  -- A full Redis refuses to count; what it has can be read all the same.
+  if not was[2] then redis.pcall('HSET', key, 'live', 0) end
   if box.everyone then return was[1], 1 end
   local field = 't:' .. (given.device or '-')
-  local attempt = call('HINCRBY', key, field, 1)
+  local attempt = redis.pcall('HINCRBY', key, field, 1)
+  if type(attempt) ~= 'number' then return was[1], 1 end
   if attempt == 1 and call('HLEN', key) > LIFE_FIELDS then call('HDEL', key, field) end
   return was[1], attempt
 end
@@ -125,7 +127,10 @@ local function fill(entries, seq, limit, bytes)
     local where, fields = entries[i][1], ledger.fields_of(entries[i])
     local _, n = ledger.place(where)
     local expires = n and fields.i and fields.t and fields.p and ledger.whole(fields.x) or 0
-    if i > limit or (expires > now and not is_first and #fields.p > bytes) then
+    -- What it becomes as frames, about: an update is one for each of its ids.
+    local size = expires > now and #fields.p + 400 or 0
+    if n and fields.u then size = 4 * #(fields.i or '') + 200 end
+    if i > limit or (size > bytes and not is_first) then
       local _, last = ledger.place(reached)
       miss(seq + 1, ledger.seq_of(last or 0))
       return reached, 1
@@ -133,10 +138,11 @@ local function fill(entries, seq, limit, bytes)
     if n and fields.u then
       miss(seq + 1, ledger.seq_of(n))
       seq = math.max(seq, ledger.seq_of(n))
+      is_first, bytes = false, bytes - size
       items[#items + 1] = { 'u', where, fields.u, fields.i or '' }
     elseif expires > now then
       miss(seq + 1, ledger.seq_of(n) - 1)
-      seq, is_first, bytes = ledger.seq_of(n), false, bytes - #fields.p
+      seq, is_first, bytes = ledger.seq_of(n), false, bytes - size
       local state, attempt = hand_out(fields.i)
       items[#items + 1] = { 'n', where, fields.i, fields.t, fields.p, expires, attempt, state,
         fields.c or '' }
@@ -215,7 +221,10 @@ if given.connect then
   if given.channel then note_channel() end
   -- One without a name is noted where it stands in the stream for everyone, once.
   local is_noted = given.device or (given.all and not (known and known.all ~= ''))
-  if is_noted and not box.everyone then known = note_device(known, start, is_elsewhere) end
+  if is_noted and not box.everyone then
+    local is_done, noted = pcall(note_device, known, start, is_elsewhere)
+    known = is_done and noted or known
+  end
   call('PEXPIRE', box.meta, KEPT)
 end
 if box.is_new or box.changes[1] then ledger.save(box) end

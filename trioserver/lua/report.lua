@@ -90,14 +90,17 @@ end
 
 -- Walks once over all that is new in any respect.
 local function note_all(was, is)
-  local start
+  local start, stop
   for _, step in ipairs { 'sent', 'received', 'acked' } do
-    if is[step] ~= was[step] then start = start and earlier(start, was[step]) or was[step] end
+    if is[step] ~= was[step] then
+      start = start and earlier(start, was[step]) or was[step]
+      stop = stop and ledger.later(stop, is[step]) or is[step]
+    end
   end
   if not start then return end
   local is_sent, is_received = between(was.sent, is.sent), between(was.received, is.received)
   local is_acked = between(was.acked, is.acked)
-  ledger.each_notification(box.inbox, start, is.sent, function(ms, n, id)
+  ledger.each_notification(box.inbox, start, stop, function(ms, n, id)
     note(id, ledger.seq_of(n), is_sent(ms, n), is_received(ms, n), is_acked(ms, n))
   end)
 end

@@ -118,48 +118,58 @@ class Asking:
 
     def cancel(self, notification: str) -> Steps[str]:
         """Withdraw a notification."""
-        trace = yield from self.notification(notification)
+        until = self._until()
+        trace = yield from self._trace(notification, until)
         if trace is None:
             return "unknown"
         command = ledger.cancel(trace.user, notification, rules=self._rules)
-        (reply,), repeated = yield from self._ask([command])
+        (reply,), repeated = yield from self._ask([command], until)
         outcome = ledger.cancelled(_good(reply))
         if repeated and outcome == "too late":
             # Too late for ourselves, perhaps: an attempt that was not answered may have done it.
-            trace = yield from self.notification(notification)
+            trace = yield from self._trace(notification, until)
             if trace is not None and trace.state == "cancelled":
                 return "cancelled"
         return outcome
 
     def why(self, user: str) -> Steps[Standing]:
         """Say how a user stands."""
-        look = life.Look(checked_user(user))
-        while commands := look.questions():
-            replies, _ = yield from self._ask(commands)
-            look.answered([_good(reply) for reply in replies])
-        return look.standing()
+        return (yield from self._look(life.Look(checked_user(user)), self._until()))
 
     def notification(self, notification: str) -> Steps[Trace | None]:
         """Return the life of a notification."""
+        until = self._until()
+        trace = yield from self._trace(notification, until)
+        if trace is None or trace.user is None:
+            return trace
+        standing = yield from self._look(life.Look(trace.user, counting=False), until)
+        return life.explained(trace, standing)
+
+    def _trace(self, notification: str, until: float) -> Steps[Trace | None]:
         key = ledger.notification_key(notification)
         if key is None:
             raise PublishRefused(f"{quoted(notification)} is no notification's id")
-        (reply,), _ = yield from self._ask([("HGETALL", key)])
-        trace = life.trace(notification, _good(reply))
-        if trace is None or trace.user is None:
-            return trace
-        standing = yield from self.why(trace.user)
-        return life.explained(trace, standing)
+        (reply,), _ = yield from self._ask([("HGETALL", key)], until)
+        return life.trace(notification, _good(reply))
+
+    def _look(self, look: life.Look, until: float) -> Steps[Standing]:
+        while commands := look.questions():
+            replies, _ = yield from self._ask(commands, until)
+            look.answered([_good(reply) for reply in replies])
+        return look.standing()
+
+    def _until(self) -> float:
+        """Return when a question that begins now has to be answered."""
+        return self.clock() + self.seconds
 
     @property
     def _rules(self) -> Rules:
         return Rules.of(self.settings)
 
     def _ask(
-        self, commands: Sequence[Command], pauses: Sequence[float] = PAUSES
+        self, commands: Sequence[Command], until: float, pauses: Sequence[float] = PAUSES
     ) -> Steps[tuple[list[Reply | RedisError], bool]]:
-        deadline = self.clock() + self.seconds
-        answered = yield from exchange(commands, self.clock, deadline, pauses)
+        answered = yield from exchange(commands, self.clock, until, pauses)
         return answered.replies, answered.repeated
 
     def _publish_all(
@@ -174,6 +184,7 @@ class Asking:
             except PublishRefused as refusal:
                 results[user] = refusal
         trouble: RedisError | None = None
+        until = self._until()
         for batch in _batches(letters, len(made.payload)):
             if trouble is not None:
                 untried = RedisRefused(f"not tried: {trouble}")
@@ -181,7 +192,7 @@ class Asking:
                 continue
             # What is ephemeral is not worth a repetition, which might make it arrive twice.
             pauses = () if made.ephemeral else PAUSES
-            replies, _ = yield from self._ask([letter.command for letter in batch], pauses)
+            replies, _ = yield from self._ask([letter.command for letter in batch], until, pauses)
             for letter, reply in zip(batch, replies, strict=True):
                 result = letter.result(reply)
                 results[letter.user] = result
