@@ -24,6 +24,8 @@ from trioserver.metrics import Tally
 from trioserver.outbox import Outbox
 from trioserver.track import Track, Verdict
 
+_ENVELOPE: Final = envelope.VERSION[0]
+
 OFFERS_PER_TURN: Final = 256
 """Writes between two checkpoints of a fan-out: about 1 ms."""
 
@@ -49,7 +51,7 @@ class Delivery:
         A publication that is no notification is counted and logged, and that is all.
         """
         hub = self.hub
-        if data[:1] == envelope.VERSION:
+        if data and data[0] == _ENVELOPE:
             return self._enter(topic, data)
         if topic not in hub:
             # Released and still subscribed for a moment, or a broadcast: nobody here wants it.
@@ -81,7 +83,9 @@ class Delivery:
         everyone = topic == self.broadcast_topic
         outboxes = self.hub.outboxes(topic)
         if not everyone:
-            accepted = sum([outbox.enter(entry, everyone=False) for outbox in outboxes])
+            accepted = 0
+            for outbox in outboxes:
+                accepted += outbox.enter(entry, everyone=False)
             self._done(accepted, arrived)
             return None
         if self.head.take(entry) is Verdict.READ:
