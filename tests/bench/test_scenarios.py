@@ -48,7 +48,9 @@ def test_every_scenario(program: Program, tokens: Path) -> None:
     for name, one in played.items():
         assert SCENARIOS[name].headline in one.figures
         assert name == "idle" or one.figures[SCENARIOS[name].headline] > 0
-        assert 0 < one.shares.worker < 2
+        # Receipts come after the last delivery, which is when the clock of the shares stops; of so
+        # few notifications they are nearly all there is.
+        assert 0 < one.shares.worker < (20 if name == "durable" else 2)
 
 
 def test_rows() -> None:
