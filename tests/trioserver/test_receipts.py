@@ -146,6 +146,12 @@ class Desk:
         self.trips = 0
 
 
+@pytest.fixture(autouse=True)
+def sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is late in these tests is so after a second."""
+    monkeypatch.setattr(receipts, "LATE_SECONDS", 1.0)
+
+
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[RedisServer]:
     """A Redis of the test's own."""

@@ -417,5 +417,5 @@ class TrackMachine(RuleBasedStateMachine):
             self.settle()
 
 
-TrackMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TrackMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestTrack = TrackMachine.TestCase
