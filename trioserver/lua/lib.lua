@@ -429,7 +429,9 @@ end
 -- does not know who listens at the others; there, what is young may be on its way.
 function ledger.may_be_shown(ms, live)
   if live then return true end
-  return now - ms < 10000 and call('INFO', 'cluster'):find('cluster_enabled:1', 1, true) ~= nil
+  if now - ms >= 10000 then return false end
+  local info = redis.pcall('INFO', 'cluster') -- which not everybody may ask
+  return type(info) ~= 'string' or info:find('cluster_enabled:1', 1, true) ~= nil
 end
 
 -- Ends a notification, unless it is over or was read. Returns whether it did, and whether some
