@@ -90,6 +90,13 @@ local function contradiction(ms, n, entries)
   check(ledger.detail(box, 'trimmed'))
   check(ledger.detail(box, 'expired'))
   check(entries[1] and entries[1][1])
+  local _, first_n = ledger.place(entries[1] and entries[1][1])
+  if not lowest and ms > 0 and ledger.seq_of(first_n or (box.seq + 1) * SPAN) > seq + 1 then
+    -- Before a gap is announced: a master whose clock is behind has put new ones before the place.
+    local before = call('XREVRANGE', box.inbox, ledger.placed(ms, n), '-', 'COUNT', 1)[1]
+    local _, other_n = ledger.place(before and before[1])
+    if other_n and ledger.seq_of(other_n) > seq then lowest = seq end
+  end
   return lowest
 end
 
