@@ -22,6 +22,7 @@ import math
 from collections.abc import Sequence
 from typing import Final, Protocol
 
+import msgspec
 import trio
 
 from trioserver import frames, ledger, messages, position
@@ -29,6 +30,7 @@ from trioserver.envelope import Change, Entry, Notice
 from trioserver.errors import CloseReason
 from trioserver.ledger import Command, Page
 from trioserver.outbox import Outbox
+from trioserver.position import Position
 from trioserver.receipts import Progress
 from trioserver.shared import Shared
 from trioserver.track import Track, Verdict
@@ -149,7 +151,7 @@ class Feed:
 
     def _first_question(self, user: str, wish: Wish) -> Command:
         shared = self._host.shared
-        where = position.parse(wish.position) if wish.position else None
+        where = self._said()
         head = shared.head
         return ledger.read(
             user,
@@ -165,6 +167,10 @@ class Feed:
             limit=PAGE_ENTRIES,
             max_bytes=shared.page_bytes,
         )
+
+    def _said(self) -> Position | None:
+        """Return where the client says it is; None if nobody understands it, or it says nothing."""
+        return position.parse(self._wish.position) if self._wish.position else None
 
     def answered(self, page: Page, *, everyone: bool) -> None:
         """Take a page of the ledger; never raises."""
@@ -202,7 +208,7 @@ class Feed:
             if self._is_another_history(page):
                 self._progress.new_epoch()
         if self._host.outbox.corked:
-            where = position.join(f"{page.epoch}.{page.start}", self._everyone.point)
+            where = position.join(page.start_point, self._everyone.point)
             self._host.shared.tally.resumed += not page.why
             self._host.establish(where, page.why, self._frames_of(page, everyone=False))
         else:
@@ -223,7 +229,7 @@ class Feed:
             # It is read from where the acknowledged ends, or where it says that it is.
             progress.acked_seq = position.seq_of(page.start)
         if said:
-            progress.sent = progress.received = f"{page.epoch}.{page.start}"
+            progress.sent = progress.received = page.start_point
             progress.everyone_sent = progress.everyone_received = self._everyone.point
             self._host.shared.receipts.soon(progress)
 
@@ -239,7 +245,7 @@ class Feed:
         if self._everyone.point:
             return True
         head = self._host.shared.head
-        where = position.parse(self._wish.position) if self._wish.position else None
+        where = self._said()
         point = (where.all if where is not None else "") or page.all_point
         known = head.point if head.live else ""
         self._everyone.point = point or known
@@ -249,11 +255,11 @@ class Feed:
 
     def _take_everyones(self, page: Page) -> None:
         head = self._host.shared.head
-        reached = f"{page.epoch}.{page.reached}"
+        reached = page.reached_point
         if not page.more and (not head.live or position.is_after(reached, head.point)):
             head.reached(reached, more=False)
         if not self._everyone.point:
-            self._everyone.point = f"{page.epoch}.{page.start}"
+            self._everyone.point = page.start_point
             progress = self._progress or self._make_progress()
             progress.everyone_sent = progress.everyone_received = self._everyone.point
             self._host.shared.receipts.soon(progress)
@@ -269,7 +275,7 @@ class Feed:
         host = self._host
         if host.reason is not None:
             return
-        point = f"{page.epoch}.{page.reached}"
+        point = page.reached_point
         if not page.more:
             self._go_live(point, everyone=everyone)
             return
@@ -315,14 +321,14 @@ class Feed:
 
     def _deliver(self, entry: Entry, *, everyone: bool) -> bool:
         """Send a published entry, at which the track stands already."""
+        unread = None if everyone else entry.unread
         if isinstance(entry, Change):
             if entry.by == self._host.connection_id:
                 return False  # it has its answer
-            unread = None if everyone else entry.unread
             updates = self._updates(entry.state, entry.ids, unread, everyone=everyone)
             return self._offer_kept(updates, is_notice=False, compress=False)
         tally = self._host.shared.tally
-        frame = self._live_frame(entry, everyone=everyone)
+        frame = self._frame(entry, entry.point, entry.payload, unread, attempt=1, everyone=everyone)
         # Each connection has a frame of its own; compressing ten thousand of them is too much.
         if not self._offer_kept(frame, is_notice=True, compress=not everyone):
             tally.failed += 1
@@ -331,24 +337,38 @@ class Feed:
         tally.messages_out += 1
         return True
 
-    def _live_frame(self, entry: Notice, *, everyone: bool) -> bytes:
-        milliseconds, number = position.order(entry.point)
+    def _frame(
+        self,
+        item: Notice | ledger.Notice,
+        place: str,
+        payload: msgspec.Raw,
+        unread: int | None,
+        *,
+        attempt: int,
+        everyone: bool,
+    ) -> bytes:
+        """Return the frame of a notification, at which its track stands already."""
+        milliseconds, number = position.order(place)
         return frames.encode_text(
             messages.encode(
                 messages.Durable(
-                    entry.type,
-                    entry.id,
+                    item.type,
+                    item.id,
                     number // position.SEQ_SPAN,
-                    entry.payload,
+                    payload,
                     self._host.shared.stamp.at(milliseconds),
-                    position.join(self._own.point, self._everyone.point),
-                    1,
-                    None if everyone else entry.unread,
-                    "all" if everyone else None,
-                    entry.traceparent,
+                    self._where(),
+                    attempt,
+                    unread,
+                    _stream(everyone=everyone),
+                    item.traceparent,
                 )
             )
         )
+
+    def _where(self) -> str:
+        """Return the position of a client that has got everything up to where both tracks stand."""
+        return position.join(self._own.point, self._everyone.point)
 
     def _offer_kept(self, frame: bytes, *, is_notice: bool, compress: bool) -> bool:
         """Offer what the ledger keeps, with a ping if it is time to ask for a receipt."""
@@ -418,11 +438,16 @@ class Feed:
                 found.append(self._updates(item.state, item.ids, unread, everyone=everyone))
                 continue
             notices += 1
-            found.append(self._backlog_frame(item, unread, everyone=everyone))
+            payload = messages.checked(item.payload)
+            found.append(
+                self._frame(
+                    item, item.place, payload, unread, attempt=item.attempt, everyone=everyone
+                )
+            )
             if item.state == "read":
                 # On another device, while this one was away.
                 found.append(self._updates("read", [item.id], unread, everyone=everyone))
-        track.point = f"{page.epoch}.{page.reached}"
+        track.point = page.reached_point
         if found:
             self._sent_page(page, notices, everyone=everyone)
             if self._host.pinged is None and self._host.shared.pace.ping_interval:
@@ -440,37 +465,18 @@ class Feed:
             # Nothing in it to be acknowledged: the same gap must not come with every connection.
             progress.acked_seq = position.seq_of(page.reached)
 
-    def _backlog_frame(self, item: ledger.Notice, unread: int | None, *, everyone: bool) -> bytes:
-        milliseconds, number = position.order(item.place)
-        return frames.encode_text(
-            messages.encode(
-                messages.Durable(
-                    item.type,
-                    item.id,
-                    number // position.SEQ_SPAN,
-                    messages.checked(item.payload),
-                    self._host.shared.stamp.at(milliseconds),
-                    position.join(self._own.point, self._everyone.point),
-                    item.attempt,
-                    unread,
-                    "all" if everyone else None,
-                    item.traceparent,
-                )
-            )
-        )
-
     def _updates(
         self, state: str, ids: Sequence[str], unread: int | None, *, everyone: bool
     ) -> bytes:
-        where = position.join(self._own.point, self._everyone.point)
-        stream = "all" if everyone else None
+        where, stream = self._where(), _stream(everyone=everyone)
         updates = [messages.Update(one, state, where, unread, stream) for one in ids]
         return b"".join([frames.encode_text(messages.encode(update)) for update in updates])
 
     def _gap(self, gap: ledger.Gap, *, everyone: bool) -> bytes:
         self._host.shared.tally.gap(gap.reason)
-        stream = "all" if everyone else None
-        message = messages.Gap(gap.from_seq, gap.to_seq, gap.missing, gap.reason, stream)
+        message = messages.Gap(
+            gap.from_seq, gap.to_seq, gap.missing, gap.reason, _stream(everyone=everyone)
+        )
         return frames.encode_text(messages.encode(message))
 
     # Receipts.
@@ -618,3 +624,8 @@ class Feed:
             progress.rewinding = True
             self._host.shared.tally.redeliveries += 1
             self._host.shared.reader.want(self, everyone=False)
+
+
+def _stream(*, everyone: bool) -> str | None:
+    """Return what frames say of their stream; nothing of the user's own."""
+    return ledger.EVERYONE if everyone else None

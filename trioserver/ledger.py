@@ -335,6 +335,16 @@ class Page(msgspec.Struct, frozen=True, gc=False):
     items: list[Item]
     """In the order in which a client is to be told."""
 
+    @property
+    def start_point(self) -> str:
+        """Point from which was read."""
+        return f"{self.epoch}.{self.start}"
+
+    @property
+    def reached_point(self) -> str:
+        """Point up to which this page tells everything."""
+        return f"{self.epoch}.{self.reached}"
+
 
 def read(  # noqa: PLR0913 - the script's arguments, each with its name
     owner: str | None,

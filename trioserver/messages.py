@@ -15,6 +15,7 @@ from typing import Annotated, Final
 import msgspec
 
 from trioserver.errors import ClientError
+from trioserver.ledger import MAX_MARKED
 
 Ref = Annotated[str, msgspec.Meta(max_length=64)]
 
@@ -23,9 +24,6 @@ MAX_POSITION: Final = 256
 
 Device = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_DEVICE, pattern=r"^[!-~]+\Z")]
 """What a client calls itself, always the same on one device: visible ASCII without spaces."""
-
-MAX_READ: Final = 100
-"""Ids in one ``read``."""
 
 NotificationId = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9-]+\Z")]
 Seq = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
@@ -81,7 +79,7 @@ class Ack(msgspec.Struct, frozen=True, gc=False, tag="ack"):
 class Read(msgspec.Struct, frozen=True, gc=False, tag="read"):
     """These were read on this device, or all up to one."""
 
-    ids: Annotated[list[NotificationId], msgspec.Meta(max_length=MAX_READ)] = []
+    ids: Annotated[list[NotificationId], msgspec.Meta(max_length=MAX_MARKED)] = []
     up_to: Seq | NotificationId | None = None
     ref: Ref | None = None
 

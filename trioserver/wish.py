@@ -1,15 +1,13 @@
 """Where a client wants to go on, as it says itself: in its handshake's query, or in ``auth``."""
 
-import re
 from collections.abc import Mapping
 from typing import Final
 
 import attrs
+import msgspec
 
 from trioserver import messages
 from trioserver.errors import ClientError
-
-_DEVICE: Final = re.compile(rf"[!-~]{{1,{messages.MAX_DEVICE}}}")
 
 
 @attrs.frozen(kw_only=True)
@@ -40,10 +38,12 @@ def of_query(parameters: Mapping[str, str]) -> Wish:
     ack = parameters.get("ack", "")
     if not (device or position or ack):
         return NO_WISH
-    if device and not _DEVICE.fullmatch(device):
-        raise ClientError(
-            "bad_message", f"device is 1 to {messages.MAX_DEVICE} visible ASCII characters"
-        )
+    if device:
+        try:
+            msgspec.convert(device, messages.Device)
+        except msgspec.ValidationError:
+            problem = f"device is 1 to {messages.MAX_DEVICE} visible ASCII characters"
+            raise ClientError("bad_message", problem) from None
     if len(position) > messages.MAX_POSITION:
         raise ClientError("bad_message", f"position is longer than {messages.MAX_POSITION}")
     if ack not in {"", "0", "1", "false", "true"}:

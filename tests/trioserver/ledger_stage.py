@@ -19,6 +19,7 @@ from trioserver.position import epoch_of, place_of, seq_of
 ANN: Final = "ann"
 WEEK: Final = 7 * ledger.DAY_MS
 PAYLOAD: Final = b'{"n":1}'
+TRACE: Final = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 @attrs.frozen

@@ -2,7 +2,6 @@
 
 import re
 import zlib
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -31,13 +30,6 @@ RULES = Rules(max_length=9, events_max_length=8, max_payload=7, idempotency_ttl_
 UUID = "01932d3c-1c00-7abc-8def-0123456789ab"
 
 users = st.text(min_size=1).filter(lambda text: text.isprintable())
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """One Redis for all tests of this file."""
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
-        yield server
 
 
 def named(command: ledger.Command) -> dict[object, object]:

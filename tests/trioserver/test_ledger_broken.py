@@ -1,10 +1,7 @@
 """What the scripts find may be garbage or gone: they go on, and nothing is lost silently."""
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.redis_server import RedisServer
 from tests.trioserver.ledger_stage import (
     ANN,
     Stage,
@@ -13,24 +10,6 @@ from tests.trioserver.ledger_stage import (
 )
 from trioserver import ledger
 from trioserver.ledger import Rules
-
-TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """One Redis for all tests of this file."""
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture
-def stage(redis: RedisServer) -> Iterator[Stage]:
-    """It is empty when a test begins."""
-    stage = Stage(redis)
-    yield stage
-    stage.close()
-
 
 # --- what is found broken
 

@@ -1,10 +1,9 @@
 """Withdrawing: nobody misses what was taken back, and who has it is told."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
-from tests.redis_server import RedisServer
 from tests.trioserver.ledger_stage import (
     ANN,
     Stage,
@@ -15,21 +14,6 @@ from trioserver import ledger
 
 META = ledger.key("meta", ANN)
 INBOX = ledger.key("inbox", ANN)
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """One Redis for all tests of this file."""
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture
-def stage(redis: RedisServer) -> Iterator[Stage]:
-    """It is empty when a test begins."""
-    stage = Stage(redis)
-    yield stage
-    stage.close()
 
 
 def test_one_is_withdrawn(stage: Stage) -> None:

@@ -1,36 +1,16 @@
 """What cannot be published is refused before anything is written; all JSON can."""
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.redis_server import RedisServer
 from tests.trioserver.ledger_stage import (
     ANN,
     PAYLOAD,
+    TRACE,
     Stage,
     new_id,
 )
 from trioserver import ledger, messages
 from trioserver.ledger import DAY_MS, Rules
-
-TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """One Redis for all tests of this file."""
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture
-def stage(redis: RedisServer) -> Iterator[Stage]:
-    """It is empty when a test begins."""
-    stage = Stage(redis)
-    yield stage
-    stage.close()
-
 
 # --- what is refused
 

@@ -1,6 +1,6 @@
 """What the clock asks for: expiry, fallbacks, scheduled notifications; each once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,6 +10,7 @@ from tests.trioserver.ledger_calls import Caller
 from tests.trioserver.ledger_stage import (
     ANN,
     PAYLOAD,
+    TRACE,
     WEEK,
     Stage,
     home_of,
@@ -21,24 +22,6 @@ from tests.trioserver.ledger_stage import (
 from trioserver import ledger
 from trioserver.ledger import DAY_MS, Accepted, Rules
 from trioserver.position import order
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """One Redis for all tests of this file."""
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture
-def stage(redis: RedisServer) -> Iterator[Stage]:
-    """It is empty when a test begins."""
-    stage = Stage(redis)
-    yield stage
-    stage.close()
-
-
-TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 def test_nothing_is_due(stage: Stage) -> None:

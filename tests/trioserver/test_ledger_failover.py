@@ -1,10 +1,7 @@
 """A failover that loses what was last: nobody goes on as if nothing had happened."""
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.redis_server import RedisServer
 from tests.trioserver.ledger_keys import Copy
 from tests.trioserver.ledger_stage import ANN, Stage, epoch_in, place_in, point_of
 from trioserver import ledger
@@ -14,21 +11,6 @@ from trioserver.position import order
 META = ledger.key("meta", ANN)
 INBOX = ledger.key("inbox", ANN)
 HOLES = ledger.key("holes", ANN)
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """One Redis for all tests of this file."""
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture
-def stage(redis: RedisServer) -> Iterator[Stage]:
-    """It is empty when a test begins."""
-    stage = Stage(redis)
-    yield stage
-    stage.close()
 
 
 def rewound(stage: Stage, kept: int, lost: int) -> tuple[list[Accepted], list[Accepted]]:

@@ -1,11 +1,9 @@
 """Gaps: whatever cannot come any more is announced, with exact numbers, and nothing else is."""
 
 import random
-from collections.abc import Iterator
 
 import pytest
 
-from tests.redis_server import RedisServer
 from tests.trioserver.ledger_stage import ANN, Found, Stage, epoch_in, place_in, point_of
 from trioserver import ledger
 from trioserver.ledger import Accepted, Change, Gap, Notice, Rules
@@ -14,21 +12,6 @@ from trioserver.position import epoch_of, seq_of
 META = ledger.key("meta", ANN)
 INBOX = ledger.key("inbox", ANN)
 HOLES = ledger.key("holes", ANN)
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """One Redis for all tests of this file."""
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture
-def stage(redis: RedisServer) -> Iterator[Stage]:
-    """It is empty when a test begins."""
-    stage = Stage(redis)
-    yield stage
-    stage.close()
 
 
 def beginning_of(one: Accepted) -> str:

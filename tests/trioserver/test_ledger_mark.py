@@ -1,7 +1,5 @@
 """Reading on one device: what counts no more, and what the others are told."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.redis_server import RedisServer
@@ -17,21 +15,6 @@ from trioserver.position import order, seq_of
 
 META = ledger.key("meta", ANN)
 INBOX = ledger.key("inbox", ANN)
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """One Redis for all tests of this file."""
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture
-def stage(redis: RedisServer) -> Iterator[Stage]:
-    """It is empty when a test begins."""
-    stage = Stage(redis)
-    yield stage
-    stage.close()
 
 
 def test_one_is_read(stage: Stage) -> None:

@@ -1,7 +1,5 @@
 """Reading: where a reader begins, what is on a page, and which devices are remembered."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.redis_server import RedisServer
@@ -21,21 +19,6 @@ from trioserver.position import order, seq_of
 
 CURSORS = ledger.key("cursors", ANN)
 META = ledger.key("meta", ANN)
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """One Redis for all tests of this file."""
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture
-def stage(redis: RedisServer) -> Iterator[Stage]:
-    """It is empty when a test begins."""
-    stage = Stage(redis)
-    yield stage
-    stage.close()
 
 
 # --- what is on a page

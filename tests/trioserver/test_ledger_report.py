@@ -1,7 +1,5 @@
 """Reports: how far devices are, and what that makes of notifications."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.redis_server import RedisServer
@@ -17,21 +15,6 @@ from trioserver import ledger
 from trioserver.position import order, seq_of
 
 CURSORS = ledger.key("cursors", ANN)
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """One Redis for all tests of this file."""
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture
-def stage(redis: RedisServer) -> Iterator[Stage]:
-    """It is empty when a test begins."""
-    stage = Stage(redis)
-    yield stage
-    stage.close()
 
 
 def record(stage: Stage, device: str = "phone") -> list[str]:

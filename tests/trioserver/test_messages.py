@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from trioserver import messages
 from trioserver.errors import ClientError
+from trioserver.ledger import MAX_MARKED
 from trioserver.messages import BadPublish, notification_from_raw
 
 refs = st.none() | st.text(st.characters(codec="utf-8"), max_size=64)
@@ -41,7 +42,7 @@ client_messages = st.one_of(
     st.builds(messages.Ack, st.none() | seqs, st.none() | ids, refs),
     st.builds(
         messages.Read,
-        st.lists(ids, max_size=messages.MAX_READ),
+        st.lists(ids, max_size=MAX_MARKED),
         st.none() | seqs | ids,
         refs,
     ),

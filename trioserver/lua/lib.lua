@@ -331,17 +331,15 @@ function ledger.append(box, is_notification, ...)
   local before = ledger.point_of(box)
   ledger.advance(box, is_notification)
   local added = redis.pcall('XADD', box.inbox, box.last, ...)
-  if type(added) == 'table' then
-    -- A full Redis, say: then this fails as well, and the caller hears why.
-    if not tostring(added.err):find('smaller', 1, true) then call('XADD', box.inbox, box.last, ...) end
-  end
-  if type(added) == 'table' and tostring(added.err):find('smaller', 1, true) then
+  if type(added) ~= 'table' then return before end
+  if tostring(added.err):find('smaller', 1, true) then
     -- The inbox is ahead of what meta says, and nobody knows by what: a new epoch.
     ledger.renew(box)
     before = ledger.point_of(box)
     ledger.advance(box, is_notification)
-    call('XADD', box.inbox, box.last, ...)
   end
+  -- Whatever else was wrong (a full Redis, say) fails here as well, and the caller hears why.
+  call('XADD', box.inbox, box.last, ...)
   return before
 end
 
