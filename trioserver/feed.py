@@ -330,7 +330,8 @@ class Feed:
         tally = self._host.shared.tally
         frame = self._frame(entry, entry.point, entry.payload, unread, attempt=1, everyone=everyone)
         # Each connection has a frame of its own; compressing ten thousand of them is too much.
-        if not self._offer_kept(frame, is_notice=True, compress=not everyone):
+        # A broadcast is not acknowledged, so it does not start the clock for that either.
+        if not self._offer_kept(frame, is_notice=not everyone, compress=not everyone):
             tally.failed += 1
             return False
         tally.notifications_delivered["live"] += 1
@@ -400,7 +401,7 @@ class Feed:
         """Take note that everything up to where both tracks stand is being sent.
 
         Args:
-            is_notice: Whether there is a notification in it, which can be acknowledged.
+            is_notice: Whether there is a notification of its own in it, to be acknowledged.
         """
         host = self._host
         progress = self._progress

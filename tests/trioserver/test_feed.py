@@ -559,3 +559,15 @@ async def test_what_nobody_has_asked_about_is_not_answered() -> None:
             error = await client.message()
             assert ("error", "unavailable", "r") == (error["type"], error["code"], error["ref"])
             assert 1 == worker.tally.errors["unavailable"]
+
+
+async def test_a_broadcast_waits_for_no_acknowledgement() -> None:
+    """Published just now or read later: nothing is to be sent again for want of one."""
+    pace = attrs.evolve(CALM, ack_wait=30.0, max_redeliveries=5)
+    with trio.fail_after(LIMIT):
+        async with running(pace=pace) as worker:
+            client = await come(worker, "?ack=1")
+            await client.until("connection_established")
+            await enter(worker, BROADCAST, envelope(1))
+            await client.message()
+            assert math.inf == the_progress(worker).redeliver_at
