@@ -27,6 +27,7 @@ from trioserver.auth import Claims
 from trioserver.connection import Connection
 from trioserver.errors import AuthError, ClientError
 from trioserver.handshake import Refusal, Request
+from trioserver.origins import Origins
 from trioserver.shared import Shared
 from trioserver.timers import IDLE
 from trioserver.wish import NO_WISH, Wish, of_query
@@ -54,6 +55,7 @@ class Listener:
             newcomers are refused, so that descriptors are left for Redis. 0 means no limit.
         handshake_timeout: Seconds for a whole handshake; 0 means no limit.
         query_token: Whether ``?token=`` is looked at.
+        origins: Whose web pages may connect.
         pages: Bodies of the small GETs: path to a function giving status, type and body.
     """
 
@@ -63,6 +65,7 @@ class Listener:
     max_sockets: int = 0
     handshake_timeout: float
     query_token: bool
+    origins: Origins = attrs.field(factory=lambda: Origins(None))
     pages: dict[str, Callable[[], tuple[int, str, bytes]]]
     draining: bool = attrs.field(default=False, init=False)
     """Whether WebSocket handshakes are refused with 503."""
@@ -125,6 +128,9 @@ class Listener:
             Refusal: Anything but a yes.
         """
         upgrade = handshake.upgrade(request, may_deflate=self.shared.compressor is not None)
+        host = request.header(b"host") or ""
+        if not self.origins.allows(request.header(b"origin"), host):
+            raise Refusal(403, "pages of this origin may not connect (WS_ALLOWED_ORIGINS)")
         if self.draining or 0 < self.max_connections <= len(self.connections):
             why = "the server is going away" if self.draining else "the server is full"
             raise Refusal(503, why, (("Retry-After", str(RETRY_AFTER_SECONDS)),))

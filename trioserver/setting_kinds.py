@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 
 import attrs
 
+from trioserver.origins import origin_list
+
 T_co = TypeVar("T_co", covariant=True)
 
 MASK = "***"
@@ -230,5 +232,6 @@ SIZE = size()
 MODE = choice("debug", "development", "test", "release", "production")
 ALGORITHMS = Kind(parse=_algorithms, show=",".join)
 API_KEYS = Kind(parse=_api_keys, show=",".join)
+ORIGINS = Kind(parse=origin_list, show=",".join)
 REDIS_URL = Kind(parse=_redis_url, show=mask_url)
 USER_CHANNEL = Kind(parse=_user_channel)

@@ -29,6 +29,7 @@ from trioserver.setting_kinds import (
     MIB,
     MILLISECONDS,
     MODE,
+    ORIGINS,
     PATH,
     PORT,
     REDIS_URL,
@@ -278,6 +279,15 @@ class Settings:
         BOOLEAN,
         True,
         "Whether a token may come in the query of the URL, where proxies may log it.",
+    )
+    ws_allowed_origins: tuple[str, ...] | None = setting(
+        CONNECTIONS,
+        ORIGINS,
+        None,
+        "Whose web pages may connect: origins, separated by commas; https://*.example.com stands "
+        "for one label; * alone is everybody. Unset, a page must be from the host and port that "
+        "its browser connected to. Clients that are no browsers say no origin, and may connect.",
+        example="https://example.com,https://*.example.com",
     )
     api_keys: tuple[str, ...] | None = setting(
         API,

@@ -41,6 +41,7 @@ from trioserver.ledger import Rules
 from trioserver.lifeline import Lifeline
 from trioserver.listener import Listener
 from trioserver.metrics import Exporter, Tally
+from trioserver.origins import Origins
 from trioserver.outbox import OutboxLimits
 from trioserver.pump import Door, Pump
 from trioserver.rate_limit import RateLimited
@@ -179,6 +180,7 @@ class Worker:
             max_sockets=int(descriptors * FULL_SHARE),
             handshake_timeout=settings.handshake_timeout,
             query_token=settings.jwt_query_token,
+            origins=Origins(settings.ws_allowed_origins),
             pages={
                 "/healthz": lambda: (200, health.JSON, health.liveness_body()),
                 "/readyz": self._readyz,
