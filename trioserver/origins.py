@@ -10,7 +10,9 @@ other people's pages. It is no check of programs: those write what they like, or
     compared with the ``Host`` header as browsers compare: in any case, IPv6 in any spelling, with
     the default ports 80 and 443 filled in. What ``Host`` leaves out is filled in by the page's own
     scheme, because a proxy in front may have taken off the TLS; where TLS is known
-    (`Origins.allows`, ``secure``), a page that came without it is another origin.
+    (`Origins.allows`, ``secure``), a page that came without it is another origin. A page from this
+    very machine may connect to this very machine from any port: development servers have their own
+    (``http://localhost:5173``), and no site on the Internet can be such an origin.
 
     *a list*: these and no others, not even one's own host. An entry is an origin as browsers
     write it (``https://example.com``, ``http://localhost:3000``, ``capacitor://localhost``), or a
@@ -39,6 +41,7 @@ SETTING: Final = "WS_ALLOWED_ORIGINS"
 EXAMPLE: Final = "https://example.com,https://*.example.com"
 
 _DEFAULT_PORTS: Final = {"http": "80", "https": "443"}
+_LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _MAX_HOST: Final = 253
 _MAX_PORT: Final = 65_535
 
@@ -139,10 +142,20 @@ def _is_same(origin: str, host: str, *, secure: bool) -> bool:
     server = _HOST_HEADER.fullmatch(host.lower()) if host.isascii() else None
     if server is None:
         return False
+    if _is_local(page[2]) and _is_local(server[1]):
+        return True
     default = _DEFAULT_PORTS[page[1]]
     if int(page[3] or default) != int(server[2] or default):
         return False
     return page[2] == server[1] or _same_ipv6(page[2], server[1])
+
+
+def _is_local(host: str) -> bool:
+    """Tell whether a host, in lower case, means the machine it is asked on, whatever DNS says.
+
+    Browsers resolve ``localhost`` and names below it themselves (RFC 6761, 6.3).
+    """
+    return host in _LOOPBACK or host.endswith(".localhost")
 
 
 def _same_ipv6(one: str, other: str) -> bool:

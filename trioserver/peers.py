@@ -20,6 +20,7 @@ proxy, a benchmark or a test on the same machine is not one client. So a local p
 does not say whose connection it forwards is not limited per address.
 """
 
+import functools
 import re
 import socket
 from collections.abc import Iterable
@@ -76,6 +77,7 @@ def peer_address(name: object) -> int:
     return UNIX
 
 
+@functools.lru_cache(maxsize=4096)
 def address_text(address: int) -> str:
     """Return an address for people: IPv4 with dots, IPv6 in the usual form."""
     if address == UNIX:
