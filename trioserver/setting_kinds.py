@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import attrs
 
 from trioserver.origins import origin_list
+from trioserver.peers import proxy_list
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -100,12 +101,25 @@ def count(what: str = "whole number", *, low: int = 0, high: int = 1_000_000_000
     return Kind(parse=lambda text: _whole(text, what, low, high))
 
 
+def _number(text: str, low: float, high: float) -> float:
+    if not re.fullmatch(r"[0-9]{1,15}(?:\.[0-9]{1,9})?", text.strip()):
+        raise ValueError("is not a number")
+    if not low <= (value := float(text)) <= high:
+        raise ValueError(f"is not a number from {decimal_text(low)} to {decimal_text(high)}")
+    return value
+
+
+def number(*, low: float = 0, high: float = 1e9) -> Kind[float]:
+    """Make a kind for numbers that need not be whole, such as rates."""
+    return Kind(parse=lambda text: _number(text, low, high), show=decimal_text)
+
+
 def _duration(text: str, bare: str, low: float, high: float) -> float:
     match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,30})?) ?(ms|s|m|h|d)?", text.strip().lower())
     if match is None:
         raise ValueError("is not a duration")
-    number, unit = match.groups()
-    seconds = round(float(Decimal(number) * _UNITS[unit or bare] / 1000), 9)
+    amount, unit = match.groups()
+    seconds = round(float(Decimal(amount) * _UNITS[unit or bare] / 1000), 9)
     if not low <= seconds <= high:
         raise ValueError(f"is not from {_duration_text(low)} to {_duration_text(high)}")
     return seconds
@@ -232,6 +246,7 @@ SIZE = size()
 MODE = choice("debug", "development", "test", "release", "production")
 ALGORITHMS = Kind(parse=_algorithms, show=",".join)
 API_KEYS = Kind(parse=_api_keys, show=",".join)
+PROXIES = Kind(parse=proxy_list, show=",".join)
 ORIGINS = Kind(parse=origin_list, show=",".join)
 REDIS_URL = Kind(parse=_redis_url, show=mask_url)
 USER_CHANNEL = Kind(parse=_user_channel)

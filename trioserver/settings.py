@@ -32,6 +32,7 @@ from trioserver.setting_kinds import (
     ORIGINS,
     PATH,
     PORT,
+    PROXIES,
     REDIS_URL,
     SIZE,
     TEXT,
@@ -40,6 +41,7 @@ from trioserver.setting_kinds import (
     count,
     duration,
     mask_url,
+    number,
 )
 
 
@@ -240,6 +242,23 @@ class Settings:
         aliases=("JWT_SECRET",),
         secret=True,
     )
+    jwt_secret_key_previous: str | None = setting(
+        TOKENS,
+        TEXT,
+        None,
+        "The secret before this one: tokens made with it are still good, so that changing it "
+        "locks nobody out. Take it away when the last of them has expired.",
+        example="$(cat old.secret)",
+        secret=True,
+    )
+    jwt_jwks_url: str | None = setting(
+        TOKENS,
+        TEXT,
+        None,
+        "Where the issuer publishes its public keys (JWKS). Fetched every 5 minutes, and when a "
+        "token names a key that is not known; known keys stay good for a day if that fails.",
+        example="https://login.example.com/.well-known/jwks.json",
+    )
     jwt_public_key_file: Path | None = setting(
         TOKENS,
         PATH,
@@ -258,7 +277,8 @@ class Settings:
         TOKENS,
         TEXT,
         None,
-        "If set, a token must carry this audience (aud).",
+        "If set, a token must carry this audience (aud). Without it, tokens of JWT_JWKS_URL that "
+        "carry any are refused: they are for another application.",
         example="notifications",
     )
     jwt_issuer: str | None = setting(
@@ -297,6 +317,30 @@ class Settings:
         "Without them a random one is made and kept in DATA_DIR.",
         example="$(uuidgen)",
         secret=True,
+    )
+    tls_cert: Path | None = setting(
+        LISTENING,
+        PATH,
+        None,
+        "PEM file with the certificate of the public port and its chain: turns TLS on. A reload "
+        "(SIGHUP) reads it again.",
+        example="/etc/trioserver/tls.crt",
+    )
+    tls_key: Path | None = setting(
+        LISTENING,
+        PATH,
+        None,
+        "PEM file with the private key for TLS_CERT.",
+        example="/etc/trioserver/tls.key",
+    )
+    trusted_proxies: tuple[str, ...] = setting(
+        LISTENING,
+        PROXIES,
+        (),
+        "Networks of the proxies whose X-Forwarded-For or PROXY protocol is believed, separated "
+        "by commas; the word forwarded among them reads Forwarded instead. Of everybody else "
+        "the address of the connection counts.",
+        example="10.0.0.0/8,2001:db8::/32",
     )
     ws_deflate: bool = setting(
         CONNECTIONS,
@@ -358,6 +402,71 @@ class Settings:
         "Connections of the whole server; more are refused with 503. 0 is no limit.",
         aliases=("MAX_CONNECTIONS",),
     )
+    max_connections_per_user: int = setting(
+        LIMITS,
+        count(high=1000),
+        10,
+        "Connections of one user over all servers that share the Redis; one more is closed "
+        "(4409). 0 is no limit.",
+    )
+    max_connections_per_ip: int = setting(
+        LIMITS,
+        count(),
+        256,
+        "Connections from one address, or one IPv6 /64; more are refused with 429. 0 is no limit.",
+    )
+    handshakes_per_second: int = setting(
+        LIMITS,
+        count(),
+        500,
+        "Handshakes of the whole server; more are refused with 503 before any token is looked "
+        "at. 0 is no limit.",
+    )
+    handshakes_per_second_per_ip: float = setting(
+        LIMITS,
+        number(),
+        5.0,
+        "Handshakes from one address, or one IPv6 /64, those of four seconds at once; more are "
+        "refused with 429. 0 is no limit.",
+    )
+    limit_loopback: bool = setting(
+        LIMITS,
+        BOOLEAN,
+        False,
+        "Whether clients on this machine are limited per address as well. A proxy on the same "
+        "machine brings everybody's connections.",
+    )
+    messages_per_minute_per_user: int = setting(
+        LIMITS,
+        count(),
+        100,
+        "Messages of one user to one worker, a fifth of them at once; more get an error "
+        "(rate_limited), who goes on is closed (4429). Clients that send a hundred times as many "
+        "acks and other requests are slowed down. 0 is no limit.",
+    )
+    notifications_per_minute_per_user: int = setting(
+        LIMITS,
+        count(),
+        50,
+        "Kept notifications to one user, those of a minute at once; more are refused with 429 "
+        "unless they have priority. 0 is no limit.",
+    )
+    api_requests_per_second: float = setting(
+        LIMITS,
+        number(),
+        10.0,
+        "Requests of one client to the API, those of two seconds at once; more are refused with "
+        "429. A client is an API key, or without a good one an address; on this machine nobody is "
+        "limited unless LIMIT_LOOPBACK. Health and metrics are not counted. 0 is no limit.",
+    )
+    payload_schemas: Path | None = setting(
+        NOTIFICATIONS,
+        PATH,
+        None,
+        "JSON file with a JSON Schema per notification type; a publish whose payload does not "
+        "fit is refused. Types that are not in it are not checked.",
+        example="/etc/trioserver/schemas.json",
+    )
     ws_max_message_size: int = setting(
         LIMITS, SIZE, 16 * KIB, "Largest message from a client (1009). 0 is no limit."
     )
@@ -375,6 +484,13 @@ class Settings:
         count(),
         256,
         "Unsent frames after which a client is too slow (4410). 0 is no limit.",
+    )
+    outbox_budget_bytes: int = setting(
+        LIMITS,
+        SIZE,
+        256 * MIB,
+        "Unsent bytes of all clients of one worker; beyond it those with the most are cut first "
+        "(4410). 0 is no limit.",
     )
     ws_read_buffer_size: int = setting(
         LIMITS, SIZE, 0, "Receive buffer of each socket in the kernel. 0 leaves it to the kernel."
@@ -437,6 +553,11 @@ class Settings:
     def embedded_redis(self) -> bool:
         """Whether the supervisor runs a Redis of its own."""
         return self.redis_url is None and self.redis_host is None
+
+    @property
+    def ws_scheme(self) -> str:
+        """How URLs of the public port begin."""
+        return "ws" if self.tls_cert is None else "wss"
 
     @property
     def redis_target(self) -> str:

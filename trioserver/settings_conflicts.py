@@ -8,8 +8,10 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from trioserver import certificate, payload_schemas
 from trioserver.endpoint import endpoint, tls_context
 from trioserver.errors import SettingsError
+from trioserver.jwks_url import Target
 from trioserver.setting_kinds import DURATION, HMAC_KEY_BYTES, quoted
 from trioserver.settings import Settings, all_settings
 
@@ -17,6 +19,7 @@ from trioserver.settings import Settings, all_settings
 def conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:
     """Find what concerns several settings, or the world: name, problem, a better value."""
     yield from _port_conflicts(settings)
+    yield from _tls_conflicts(settings)
     yield from _token_conflicts(settings)
     if settings.drain_propagation >= settings.drain_seconds:
         whole = DURATION.show(settings.drain_seconds)
@@ -25,6 +28,11 @@ def conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:
         yield "drain_propagation", problem, "0"
     yield from _redis_conflicts(settings)
     yield from _channel_conflicts(settings)
+    if settings.payload_schemas is not None:
+        try:
+            payload_schemas.load(settings.payload_schemas)
+        except SettingsError as error:
+            yield "payload_schemas", error.problem, None
     for directory in ("data_dir", "log_dir"):
         path = getattr(settings, directory)
         # os.path, because Path.exists() raises where a parent may not be searched.
@@ -33,7 +41,7 @@ def conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:
 
 
 def without_effect(settings: Settings, given: Mapping[str, str]) -> Iterator[str]:
-    """Find what was said on purpose and changes nothing: one line each.
+    """Find what was said on purpose and changes nothing, or not for long: one line each.
 
     Args:
         settings: What is in force.
@@ -47,11 +55,21 @@ def without_effect(settings: Settings, given: Mapping[str, str]) -> Iterator[str
         idle = dict.fromkeys(apart, "neither REDIS_URL nor REDIS_HOST is set")
     if settings.jwt_algorithms[0] in HMAC_KEY_BYTES:
         idle |= {"jwt_public_key_file": "JWT_ALGORITHMS uses a shared secret"}
+        if settings.jwt_secret_key_previous == settings.jwt_secret_key:
+            idle |= {"jwt_secret_key_previous": "it is JWT_SECRET_KEY itself"}
     else:
-        idle |= {"jwt_secret_key": "JWT_ALGORITHMS uses a public key"}
+        secrets = ("jwt_secret_key", "jwt_secret_key_previous")
+        idle |= dict.fromkeys(secrets, "JWT_ALGORITHMS uses a public key")
     for name, reason in idle.items():
         if name in given:
             yield f"{name.upper()} ({given[name]}): has no effect, because {reason}"
+    if settings.jwt_jwks_url is not None and settings.jwt_audience is None:
+        yield (
+            "JWT_AUDIENCE: is not set beside JWT_JWKS_URL: the issuer's tokens that are for an"
+            " audience (aud) are refused, the others are accepted, whoever they were made for"
+        )
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        yield from certificate.concerns(settings.tls_cert, settings.tls_key)
 
 
 def _port_conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:
@@ -59,6 +77,20 @@ def _port_conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]
     hosts = {settings.ws_host, settings.admin_host}
     if settings.ws_port == port != 0 and (len(hosts) == 1 or hosts & {"0.0.0.0", "::"}):
         yield "admin_port", f"{port} is also WS_PORT", str(port % 65_535 + 1)
+
+
+def _tls_conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:
+    cert, key = settings.tls_cert, settings.tls_key
+    if cert is not None and key is not None:
+        try:
+            certificate.context(cert, key)
+        except SettingsError as error:
+            yield error.setting.lower(), error.problem, None
+    elif cert is not None:
+        yield "tls_key", "is not set, but TLS_CERT is", None
+    elif key is not None:
+        # Never just ignored: whoever has a key does not expect plain text.
+        yield "tls_cert", "is not set, but TLS_KEY is", None
 
 
 def _redis_conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:
@@ -89,21 +121,49 @@ def _channel_conflicts(settings: Settings) -> Iterator[tuple[str, str, str | Non
 def _token_conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:
     algorithms = ",".join(settings.jwt_algorithms)
     least = max(HMAC_KEY_BYTES.get(name, 0) for name in settings.jwt_algorithms)
-    if least and settings.jwt_secret_key is not None:
-        length = len(settings.jwt_secret_key.encode())
-        if length < least:
-            problem = f"{length} bytes are too few: {algorithms} needs at least {least}"
-            yield "jwt_secret_key", problem, None
-    if not least and settings.jwt_public_key_file is None:
-        yield "jwt_public_key_file", f"is not set, but JWT_ALGORITHMS={algorithms} needs it", None
-    if settings.jwt_public_key_file is not None:
-        problem = _public_key_problem(settings.jwt_public_key_file)
-        if problem:
-            yield (
-                "jwt_public_key_file",
-                f"{quoted(str(settings.jwt_public_key_file))} {problem}",
-                None,
-            )
+    for name in ("jwt_secret_key", "jwt_secret_key_previous"):
+        secret: str | None = getattr(settings, name)
+        if secret is not None and len(secret.encode()) < least:
+            length = len(secret.encode())
+            yield name, f"{length} bytes are too few: {algorithms} needs at least {least}", None
+    path, url = settings.jwt_public_key_file, settings.jwt_jwks_url
+    if not least and path is None and url is None:
+        problem = f"is not set, but JWT_ALGORITHMS={algorithms} needs it (or JWT_JWKS_URL)"
+        yield "jwt_public_key_file", problem, None
+    if path is not None:
+        yield from _public_key_conflicts(path, settings.jwt_algorithms)
+    if url is not None:
+        yield from _issuer_conflicts(settings, url)
+
+
+def _issuer_conflicts(settings: Settings, url: str) -> Iterator[tuple[str, str, str | None]]:
+    if settings.jwt_algorithms[0] in HMAC_KEY_BYTES:
+        # Never just ignored: whoever names an issuer does not expect a secret to open the door.
+        algorithms = ",".join(settings.jwt_algorithms)
+        problem = f"{algorithms} uses a shared secret, but JWT_JWKS_URL holds public keys"
+        yield "jwt_algorithms", problem, "RS256"
+    try:
+        Target.parse(url)
+    except SettingsError as error:
+        yield "jwt_jwks_url", error.problem, None
+
+
+def _public_key_conflicts(
+    path: Path, algorithms: tuple[str, ...]
+) -> Iterator[tuple[str, str, str | None]]:
+    shown = quoted(str(path))
+    if problem := _public_key_problem(path):
+        yield "jwt_public_key_file", f"{shown} {problem}", None
+    elif algorithms[0] not in HMAC_KEY_BYTES:
+        # Imported only where there is a key: cryptography takes longer than most commands.
+        from trioserver import verification_key  # noqa: PLC0415
+
+        # Asked here as every worker will ask, so that none of them is the first to notice.
+        try:
+            key = verification_key.read(path)
+            verification_key.fitting(key, algorithms, f"the key in {shown}")
+        except SettingsError as error:
+            yield error.setting.lower(), error.problem, None
 
 
 def _public_key_problem(path: Path) -> str:

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import x25519
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from tests.trioserver.certificates import Authority
 from tests.trioserver.loading import SECRET, environment, refusal
+from tests.trioserver.token_table import KEYS, pem_of
 
-PUBLIC_PEM = "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA\n-----END PUBLIC KEY-----\n"
+PUBLIC_PEM = pem_of(KEYS["RS256"]).decode()
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +93,33 @@ class TestConflicts:
         )
         environment(JWT_SECRET="é" * (least // 2), JWT_ALGORITHMS=name)
 
+    def test_short_previous_secret(self) -> None:
+        """The secret before is as long as the present one, or it is refused."""
+        both = {"JWT_SECRET_KEY": SECRET, "JWT_SECRET_KEY_PREVIOUS": "s" * 31}
+        line = refusal(environ=both)
+
+        assert line.startswith(
+            "JWT_SECRET_KEY_PREVIOUS (environment): 31 bytes are too few: HS256 needs at least 32"
+        )
+        assert "s" * 31 not in line
+        loaded = environment(JWT_SECRET_KEY_PREVIOUS="s" * 32, JWT_SECRET_KEY=SECRET)
+        assert "s" * 32 == loaded.settings.jwt_secret_key_previous
+        assert () == loaded.warnings
+
+    def test_issuer(self) -> None:
+        """Keys of an issuer are public keys, behind a URL; they need no file."""
+        url = "https://login.example.com/keys"
+        assert (
+            "JWT_ALGORITHMS (default): HS256 uses a shared secret, but JWT_JWKS_URL holds public "
+            "keys (example: JWT_ALGORITHMS=RS256)" == refusal(environ={"JWT_JWKS_URL": url})
+        )
+        loaded = environment(JWT_JWKS_URL=url, JWT_ALGORITHMS="RS256,ES256")
+        assert (url, None) == (loaded.settings.jwt_jwks_url, loaded.settings.jwt_public_key_file)
+        for wrong in ("login.example.com/keys", "https://jo:pw@h/keys", "https://a..b/", "ftp://h"):
+            line = refusal(environ={"JWT_JWKS_URL": wrong, "JWT_ALGORITHMS": "RS256"})
+            assert line.startswith("JWT_JWKS_URL (environment): ")
+            assert "pw" not in line
+
     def test_longest_hash_decides(self) -> None:
         """With several algorithms the secret is long enough for all."""
         assert "32 bytes are too few: HS256,HS512 needs at least 64" in refusal(
@@ -114,6 +145,48 @@ class TestConflicts:
         assert (key, ("RS256", "ES256", "EdDSA")) == (
             loaded.settings.jwt_public_key_file,
             loaded.settings.jwt_algorithms,
+        )
+
+    def test_a_key_that_no_worker_could_start_with(self, directory: Path) -> None:
+        """A key that no algorithm is for, or that is for no signatures, is refused at once."""
+        file = directory / "key.pem"
+        agreeing = x25519.X25519PrivateKey.generate().public_key()
+        other = agreeing.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        for pem, algorithms, problem in (
+            (pem_of(KEYS["ES256"]), "RS256", "it is EC on secp256r1, RS256 needs RSA"),
+            (pem_of(KEYS["ES384"]), "ES256", "it is EC on secp384r1, ES256 needs EC on secp256r1"),
+            (pem_of(KEYS["RS256"]), "EdDSA,RS256", ""),
+            (pem_of(KEYS["RS256"]), "ES256,EdDSA", "it is RSA, EdDSA needs Ed25519 or Ed448"),
+            (other, "EdDSA", "of a kind that signs no tokens"),
+            (PUBLIC_PEM[:60].encode() + PUBLIC_PEM[100:].encode(), "RS256", "no usable key"),
+        ):
+            file.write_bytes(pem)
+            environ = {"JWT_PUBLIC_KEY_FILE": str(file), "JWT_ALGORITHMS": algorithms}
+            if problem:
+                line = refusal(environ=environ)
+                assert problem in line
+                assert str(file) in line
+            else:
+                environment(**environ)
+
+    def test_certificate(self, directory: Path) -> None:
+        """A certificate needs its key and a key its certificate; both must be usable."""
+        authority = Authority(directory)
+        cert, key = map(str, authority.issue())
+        _, other = map(str, authority.issue("other"))
+
+        environment(TLS_CERT=cert, TLS_KEY=key)
+        assert refusal(environ={"TLS_CERT": cert}).startswith(
+            "TLS_KEY (default): is not set, but TLS_CERT is (example: "
+        )
+        assert refusal(environ={"TLS_KEY": key}).startswith(
+            "TLS_CERT (default): is not set, but TLS_KEY is (example: "
+        )
+        assert refusal(environ={"TLS_CERT": cert, "TLS_KEY": other}).startswith(
+            f'TLS_KEY (environment): "{other}" is not the key of "{cert}"'
+        )
+        assert refusal(environ={"TLS_CERT": "/no/file", "TLS_KEY": key}).startswith(
+            'TLS_CERT (environment): "/no/file" cannot be read: No such file or directory'
         )
 
     @pytest.mark.parametrize("name", ["DATA_DIR", "LOG_DIR"])
@@ -173,3 +246,37 @@ class TestWithoutEffect:
         assert "JWT_ALGORITHMS uses a shared secret" in idle_file
         assert "JWT_ALGORITHMS uses a public key" in idle_secret
         assert SECRET not in idle_secret
+
+    def test_an_issuer_without_an_audience(self) -> None:
+        """Whoever shares his issuer with other applications is told in one line what is missing."""
+        issuer = {
+            "JWT_JWKS_URL": "https://login.example.com/keys",
+            "JWT_ALGORITHMS": "RS256",
+        }
+        [warning] = environment(**issuer).warnings
+        assert warning.startswith("JWT_AUDIENCE: is not set beside JWT_JWKS_URL: ")
+        assert () == environment(**issuer, JWT_AUDIENCE="us").warnings
+        assert () == environment(JWT_SECRET_KEY=SECRET).warnings
+
+    def test_previous_secret_without_effect(self, directory: Path) -> None:
+        """One that is the present one, or that stands beside a public key, is told."""
+        key = directory / "key.pem"
+        key.write_text(PUBLIC_PEM)
+
+        [same] = environment(JWT_SECRET_KEY=SECRET, JWT_SECRET_KEY_PREVIOUS=SECRET).warnings
+        [idle] = environment(
+            JWT_PUBLIC_KEY_FILE=str(key), JWT_ALGORITHMS="RS256", JWT_SECRET_KEY_PREVIOUS=SECRET
+        ).warnings
+        assert same.endswith("has no effect, because it is JWT_SECRET_KEY itself")
+        assert "JWT_ALGORITHMS uses a public key" in idle
+        assert not any(SECRET in line for line in (same, idle))
+
+    def test_certificate_that_ends(self, directory: Path) -> None:
+        """A certificate that will soon be of no use is told of; one with time left is not."""
+        authority = Authority(directory)
+        cert, key = map(str, authority.issue())
+        short, its_key = map(str, authority.issue("short", ends=86_400))
+
+        assert () == environment(TLS_CERT=cert, TLS_KEY=key).warnings
+        [warning] = environment(TLS_CERT=short, TLS_KEY=its_key).warnings
+        assert warning.startswith(f'TLS_CERT: "{short}" expires soon')
