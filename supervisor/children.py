@@ -1,5 +1,6 @@
 """Children as the loop sees them: what each is started with, and its end of the control pair."""
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -10,8 +11,11 @@ from typing import Final
 import attrs
 
 from supervisor.events import Kind
+from supervisor.lives import Lives
 from supervisor.processes import Processes
+from trioserver.board_map import BoardMap
 from trioserver.status import (
+    BOARD_FD,
     CONTROL_FD,
     LISTEN_FD,
     PACKET_BYTES,
@@ -35,7 +39,8 @@ class Commands:
     """What is executed. Tests put stand-ins here."""
 
     worker: tuple[str, ...] = (*_PYTHON, "trioserver.worker")
-    """``--slot N --generation G`` is appended."""
+    """``--slot N --generation G --life NAME`` is appended, and ``--after NAME,NAME`` if lives are
+    over."""
     gateway: tuple[str, ...] = (*_PYTHON, "trioserver.gateway")
     """``--generation G`` is appended."""
     snapshot: tuple[str, ...] = (*_PYTHON, "trioserver", "config", "--snapshot")
@@ -54,6 +59,8 @@ class Children:
         *,
         doors: Sequence[socket.socket],
         admin_door: socket.socket,
+        board: int,
+        lives: Lives,
         env: Mapping[str, str],
     ) -> None:
         """Prepare; nothing is spawned.
@@ -63,13 +70,22 @@ class Children:
             commands: What is executed.
             doors: The listening socket of each slot.
             admin_door: The gateway's.
+            board: Descriptor of `board_map.create`, for every worker; the caller's to close.
+            lives: Names the workers.
             env: Environment of the children.
+
+        Raises:
+            OSError: The board cannot be mapped.
         """
         self._processes = processes
         self._commands = commands
         self._doors = doors
         self._admin_door = admin_door
+        self._board = board
+        self._lives = lives
         self._env = env
+        # Mapped once and for all: at the moment of a sweep there may be no descriptor left.
+        self._board_map = BoardMap(board)
         self._snapshots: dict[int, int] = {}
         self._pairs: dict[int, socket.socket] = {}
 
@@ -100,13 +116,16 @@ class Children:
             # Its log goes where ours goes. Nobody's business is where the terminal's locale went.
             env = {**self._env, "LC_ALL": "C"}
             return self._processes.spawn(self._commands.redis, env=env, fds={1: 2})
+        fds = {SETTINGS_FD: self._snapshots[generation]}
+        life = ""
         if kind is Kind.WORKER:
+            life = self._lives.next_name()
             argv = (*self._commands.worker, "--slot", str(slot))
-            door = self._doors[slot]
+            fds |= {LISTEN_FD: self._doors[slot].fileno(), BOARD_FD: self._board}
         else:
-            argv, door = self._commands.gateway, self._admin_door
-        argv = (*argv, "--generation", str(generation))
-        fds = {LISTEN_FD: door.fileno(), SETTINGS_FD: self._snapshots[generation]}
+            argv = self._commands.gateway
+            fds[LISTEN_FD] = self._admin_door.fileno()
+        argv = (*argv, "--generation", str(generation), *self._named(life))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             fds[CONTROL_FD] = theirs.fileno()
@@ -115,9 +134,17 @@ class Children:
             except OSError:
                 ours.close()
                 raise
+        if life:
+            self._lives.began(pid, life)
         ours.setblocking(False)
         self._pairs[pid] = ours
         return pid
+
+    def _named(self, life: str) -> tuple[str, ...]:
+        if not life:
+            return ()
+        over = self._lives.over
+        return ("--life", life, *(("--after", ",".join(over)) if over else ()))
 
     def pair(self, pid: int) -> socket.socket | None:
         """Return our end of a child's pair, to wait for; ``None`` for Redis and strangers."""
@@ -165,9 +192,21 @@ class Children:
         if pair is not None:
             pair.close()
 
+    def bury(self, pid: int) -> None:
+        """Take the counts of a worker that was reaped from the board, and keep its name.
+
+        Call it before its successor is spawned. Does nothing for other processes.
+        """
+        if self._lives.ended(pid):
+            # If the kernel has no room for a lock: the next sweep finds them, or whoever takes
+            # over the segment. Nothing to end the server for.
+            with contextlib.suppress(OSError):
+                self._board_map.sweep()
+
     def close(self) -> None:
         """Close whatever is open here; children that live are on their own."""
         for pid in list(self._pairs):
             self.forget(pid)
         for generation in list(self._snapshots):
             self.drop_snapshot(generation)
+        self._board_map.close()

@@ -28,6 +28,7 @@ from supervisor.children import Children, Commands
 from supervisor.control import ControlServer
 from supervisor.doors import Address, Buffers, PortTakenError, open_doors, printable, reachable
 from supervisor.embedded import Answer, Probe, find_server, server_argv, tethered
+from supervisor.lives import Lives
 from supervisor.policy import Plan, Policy
 from supervisor.processes import Processes, raise_descriptor_limit, seal_descriptors
 from supervisor.report import Identity
@@ -35,6 +36,8 @@ from supervisor.slots import Timing
 from supervisor.snapshot import Outcome, SnapshotReader, obstacle
 from supervisor.wakeup import Wakeup
 from trioserver import __version__, logs
+from trioserver.board_map import create as create_board
+from trioserver.errors import SettingsError
 from trioserver.settings import Settings
 from trioserver.statedir import StateDir
 from trioserver.status import Beat, Drain, Report
@@ -56,6 +59,9 @@ _ORPHANS_SECONDS: Final = 3.0
 """For the children of a killed supervisor to end; they take half of it."""
 
 _ORPHANS_POLL_SECONDS: Final = 0.05
+
+_UNLIMITED_CONNECTIONS: Final = 50_000
+"""Whose addresses there is room for if there may be any number of connections."""
 
 _LAST_WORDS_SECONDS: Final = 1.0
 """For callers to take their last replies."""
@@ -162,6 +168,7 @@ class Loop:
                 continue
             self._hear(pid)  # Its last words come before its end.
             self._forget(pid)
+            self._children.bury(pid)
             if self._probe is not None and self._probe.pid == pid:
                 self._forget_probe()
             self._handle(events.Exited(pid=pid, code=code))
@@ -297,20 +304,24 @@ def supervise(
         doors, admin_door = _wait_for_doors(settings, state)
         for door in (*doors, admin_door):
             held.enter_context(door)
+        board = _make_board(settings)
+        held.callback(os.close, board)
         processes = Processes()
-        env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(state.metrics_dir)}
-        children = Children(processes, commands, doors=doors, admin_door=admin_door, env=env)
+        children = Children(
+            processes,
+            commands,
+            doors=doors,
+            admin_door=admin_door,
+            board=board,
+            lives=Lives(state.next_boot(time.time()), settings.workers),
+            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(state.metrics_dir)},
+        )
         held.callback(children.close)
         children.keep_snapshot(1, snapshot)
         plan = _plan(settings, doors[0], admin_door)
         loop = Loop(
             settings=settings,
-            policy=Policy(
-                plan,
-                rng=random.Random(),  # noqa: S311 - jitter
-                now=began,
-                timing=timing or Timing(),
-            ),
+            policy=_policy(plan, began, timing or Timing()),
             processes=processes,
             children=children,
             snapshot_argv=(*commands.snapshot, *flags),
@@ -318,18 +329,26 @@ def supervise(
         )
         at_last.callback(loop.close)
         held.callback(loop.stop_listening)
-        logs.get_logger().info(
-            "listening",
-            address=plan.identity.address,
-            admin_address=plan.identity.admin_address,
-            data_dir=str(state.path),
-        )
+        _say_listening(plan.identity, state)
         return loop.run()
 
 
 def drain_times(settings: Settings) -> events.DrainTimes:
     """Return what the policy needs to know of the settings."""
     return events.DrainTimes(seconds=settings.drain_seconds, propagation=settings.drain_propagation)
+
+
+def _make_board(settings: Settings) -> int:
+    # It lives as long as the supervisor, and so does its size. WORKERS cannot change in a reload,
+    # WS_MAX_CONNECTIONS can: whatever it becomes is counted and enforced. But with many more
+    # connections than there were to be, some addresses find no room in the table, and get more
+    # than their share.
+    connections = settings.ws_max_connections or _UNLIMITED_CONNECTIONS
+    try:
+        return create_board(settings.workers, connections)
+    except OSError as error:
+        problem = f"there is no memory to count so many connections: {error.strerror}"
+        raise SettingsError("WS_MAX_CONNECTIONS", problem, "10000") from error
 
 
 def _with_redis(commands: Commands, settings: Settings, state: StateDir) -> Commands:
@@ -393,6 +412,11 @@ def _plan(settings: Settings, door: socket.socket, admin_door: socket.socket) ->
     )
 
 
+def _policy(plan: Plan, now: float, timing: Timing) -> Policy:
+    rng = random.Random()  # noqa: S311 - jitter
+    return Policy(plan, rng=rng, now=now, timing=timing)
+
+
 def _translated(pid: int, report: Report) -> events.Event:
     if isinstance(report, Beat):
         return events.Beat(
@@ -410,11 +434,21 @@ def _order(action: events.SendDrain) -> Drain:
     )
 
 
+def _say_listening(identity: Identity, state: StateDir) -> None:
+    logs.get_logger().info(
+        "listening",
+        address=identity.address,
+        admin_address=identity.admin_address,
+        data_dir=str(state.path),
+    )
+
+
 def _announce(settings: Settings, identity: Identity, seconds: float) -> None:
     workers = "1 worker" if settings.workers == 1 else f"{settings.workers} workers"
     redis = "embedded Redis" if settings.embedded_redis else f"Redis {settings.redis_target}"
     line = (
-        f"trioserver is ready: ws://{reachable(identity.address)}/ws  ({workers}, {redis}, "
+        f"trioserver is ready: {settings.ws_scheme}://{reachable(identity.address)}/ws  "
+        f"({workers}, {redis}, "
         f"internal http://{reachable(identity.admin_address)}, {seconds:.1f} s)\n"
     )
     with contextlib.suppress(OSError):  # Nobody has to read it.

@@ -91,8 +91,10 @@ class Board:
 
     Args:
         shared: The memory; it is closed with the board.
-        limits: Of this worker's settings. Others may have other limits: what is counted is the
-            same.
+        limits: Of this worker's settings. Others may have other limits. What is counted is the
+            same, but for this: who limits nothing by address keeps none. After a reload that brings
+            such a limit, the connections of the old generation do not count against it; they end
+            with its drain.
 
     Raises:
         BoardError: All segments are taken.
@@ -197,6 +199,13 @@ class Board:
             # Listed since, but this connection was counted when there was no room.
             listed = entry and words[entry] & _COUNT
             words[entry if listed else self._unlisted] -= 1
+
+    @property
+    def full(self) -> bool:
+        """Whether the server has all the connections that it may have."""
+        if not self._max:
+            return False
+        return self.statistics().connections >= self._max
 
     def statistics(self) -> Statistics:
         """Return what all workers together have counted."""

@@ -11,6 +11,7 @@
 What differs between children is theirs: the lifeline, the order of their parts, the drain.
 """
 
+import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from typing import Final, NoReturn
@@ -22,7 +23,7 @@ from trioserver.errors import TrioserverError
 from trioserver.lifeline import tie_to_parent
 from trioserver.metrics import Exporter, Tally
 from trioserver.settings import Settings
-from trioserver.status import CONTROL_FD, LISTEN_FD, SETTINGS_FD
+from trioserver.status import BOARD_FD, CONTROL_FD, LISTEN_FD, SETTINGS_FD
 
 FLUSH_SECONDS: Final = 1.0
 """How often counts go to the metric files."""
@@ -57,6 +58,8 @@ def run(
     tie_to_parent()
     for fd in (CONTROL_FD, LISTEN_FD, SETTINGS_FD):
         os.set_inheritable(fd, False)
+    with contextlib.suppress(OSError):  # The gateway has no board, nor who was started by hand.
+        os.set_inheritable(BOARD_FD, False)
     try:
         settings = _read_settings(SETTINGS_FD)
         logs.configure(settings, process, slot=slot, generation=generation)

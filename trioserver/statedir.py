@@ -6,6 +6,7 @@
       redis.sock           0700, served by the embedded Redis
       redis/               the embedded Redis's append-only files
       metrics/             one set of files per child, emptied at each start
+      server               0600, who this server is, and when it was started last
       <name>.secret        0600, a generated secret
 
 The lock is an advisory ``flock`` and not a pid file: the kernel lets go of it when the supervisor
@@ -29,6 +30,12 @@ _SOCKET_PATH_BYTES: Final = 107
 
 _SECRET_BYTES: Final = 64
 """As many as the longest key that is asked for: HS512 (RFC 7518 3.2)."""
+
+_SERVER: Final = re.compile(r"([0-9a-f]{8}) ([0-9a-f]{1,12}) (\S+)\n")
+"""Id, latest boot, origin. A boot beyond year 10,000 is no boot."""
+
+_KERNEL: Final = Path("/proc/sys/kernel/random/boot_id")
+"""Another one after each start of the machine."""
 
 _SECRET_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
@@ -114,6 +121,63 @@ class StateDir:
         for path in self.metrics_dir.iterdir():
             if path.is_file():
                 path.unlink(missing_ok=True)
+
+    def next_boot(self, now: float) -> str:
+        """Return a name for the run of the server that begins: ``<server id>.<boot>``.
+
+        The id is 8 hex digits, made at the first call and then kept. No two servers have the same
+        one: whoever copies a directory, or starts a copy of a whole machine, has another server; so
+        there is a new id, too, when the machine was restarted. The boot is the time in milliseconds
+        in hex, and always higher than the one before, also if the clock was set back or the one
+        before was killed. So no such name exists twice. Call it with the lock held.
+
+        Args:
+            now: Unix time in seconds.
+
+        Raises:
+            SettingsError: The file cannot be read or written.
+        """
+        server, last = self._known_server()
+        boot = max(int(now * 1000), last + 1)
+        self._keep_server(server, boot)
+        return f"{server}.{boot:x}"
+
+    def _known_server(self) -> tuple[str, int]:
+        """Return id and latest boot, 0 if there was none; a new id if none is kept."""
+        try:
+            text = (self.path / "server").read_text("ascii")
+        except (FileNotFoundError, UnicodeDecodeError):
+            text = ""
+        except OSError as error:
+            raise self._impossible(self.path / "server", error) from error
+        known = _SERVER.fullmatch(text)
+        # One file for all: an id without its latest boot would be no longer sure to be unique.
+        if known is None or known[3] != self._origin():
+            return secrets.token_hex(4), 0
+        return known[1], int(known[2], 16)
+
+    def _keep_server(self, server: str, boot: int) -> None:
+        path = self.path / "server"
+        draft = self.path / ".server.draft"
+        try:
+            # One that somebody was killed over; with the lock held nobody else is writing it.
+            draft.unlink(missing_ok=True)
+            _write_durably(draft, f"{server} {boot:x} {self._origin()}\n")
+            draft.replace(path)
+        except OSError as error:
+            raise self._impossible(path, error) from error
+
+    def _origin(self) -> str:
+        """Return what tells this directory, on this machine, from every copy that is in use."""
+        try:
+            kernel = _KERNEL.read_text("ascii").strip()
+        except (OSError, UnicodeDecodeError):  # Some sandboxes have none.
+            kernel = ""
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise self._impossible(self.path, error) from error
+        return f"{kernel}:{status.st_dev:x}:{status.st_ino:x}"
 
     def secret(self, name: str) -> str:
         """Return the secret of that name, made at the first call: 86 characters, URL-safe.

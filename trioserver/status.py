@@ -37,6 +37,9 @@ LISTEN_FD: Final = 4
 SETTINGS_FD: Final = 5
 """In a child: the settings snapshot; read it with ``os.pread`` from 0, the offset is shared."""
 
+BOARD_FD: Final = 6
+"""In a worker: memory that all workers of the server share (`board_map`). The gateway has none."""
+
 VERSION: Final = 1
 """Version of every message in this module."""
 

@@ -146,8 +146,9 @@ class Server:
         commands: dict[str, list[str]] | None = None,
         behaviour: dict[str, str] | None = None,
         pass_fds: tuple[int, ...] = (),
+        under: tuple[str, ...] = (),
     ) -> None:
-        """Start it; it may not be ready yet."""
+        """Start it, as an argument of ``under`` if need be; it may not be ready yet."""
         self.directory = directory
         self.settings = {
             "ws_host": "127.0.0.1",
@@ -178,10 +179,11 @@ class Server:
         self.new_settings()
         for who, how in (behaviour or {}).items():
             self.behave(who, how)
+        program = [sys.executable, "-m", "tests.supervisor.run_supervisor"]
         self.log_file = directory / f"log-{time.monotonic_ns()}"
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.supervisor.run_supervisor", json.dumps(given)],
+                [*under, *program, json.dumps(given)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

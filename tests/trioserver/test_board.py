@@ -143,6 +143,24 @@ def test_zero_is_no_limit(fd: int) -> None:
     board.close()
 
 
+def test_a_limit_by_address_begins_with_those_who_have_it(fd: int) -> None:
+    """After a reload that brings one, connections of the old generation count for the server only.
+
+    And when they go they take nothing from anybody.
+    """
+    old = Board.attach(fd, NONE)
+    assert [] == opened(old, ANN, START, 5)
+    new = Board.attach(fd, limits(address_connections=3, connections=20))
+
+    assert 2 == len(opened(new, ANN, START, 5))
+    for _ in range(5):
+        old.closed(ANN)
+    assert 1 == len(opened(new, ANN, START, 1))
+    assert (3, 0, 2) == new.statistics()
+    for board in (old, new):
+        board.close()
+
+
 @pytest.mark.parametrize(("rate", "at_once"), [(0.1, 1), (0.25, 1), (0.5, 2), (1e9, 70_000)])
 def test_small_and_large_rates_are_rates(fd: int, rate: float, at_once: int) -> None:
     """Less than one per window is still one; more than can be told apart is no limit."""
@@ -231,10 +249,15 @@ def test_who_is_overlooked_shows_himself(fd: int) -> None:
         one.close()
 
 
-STEPS = st.lists(st.tuples(st.floats(0, 3), st.integers(0, 2), st.integers(1, 12)), max_size=40)
+def seconds(most: int) -> st.SearchStrategy[float]:
+    """Times in fractions that can be added up without being rounded."""
+    return st.integers(0, most * 1024).map(lambda parts: parts / 1024)
 
 
-@given(steps=STEPS, rate=st.integers(1, 9), start=st.floats(0, 1e7))
+STEPS = st.lists(st.tuples(seconds(3), st.integers(0, 2), st.integers(1, 12)), max_size=40)
+
+
+@given(steps=STEPS, rate=st.integers(1, 9), start=seconds(10_000_000))
 def test_no_span_of_time_has_more_than_announced(
     steps: list[tuple[float, int, int]], rate: int, start: float
 ) -> None:

@@ -15,6 +15,7 @@ from trioserver import child
 from trioserver.metric_files import read
 from trioserver.metrics import Exporter, Tally
 from trioserver.settings import Settings
+from trioserver.status import BOARD_FD
 
 # A child that ends in the way that it is told.
 PROGRAM = """
@@ -23,7 +24,7 @@ from trioserver import child, logs
 from trioserver.errors import CommandError
 
 async def work(settings):
-    there = [fd for fd in (3, 4, 5) if os.path.exists(f"/proc/self/fd/{fd}")]
+    there = [fd for fd in (3, 4, 5, 6) if os.path.exists(f"/proc/self/fd/{fd}")]
     inherited = [fd for fd in there if os.get_inheritable(fd)]
     logs.get_logger().info("at work", port=settings.ws_port, inherited=inherited)
     if sys.argv[1] == "impossible":
@@ -37,13 +38,17 @@ sys.exit(child.run("worker-3", work, generation=7, slot=3))
 SETTINGS = Settings(ws_port=1234, logger_encoding="json", log_level="info")
 
 
-def run(directory: Path, ending: str, snapshot: bytes) -> tuple[int, list[dict[str, object]]]:
+def run(
+    directory: Path, ending: str, snapshot: bytes, *, board: bool = False
+) -> tuple[int, list[dict[str, object]]]:
     """Run the program as the supervisor would; return its exit code and its log."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     settings = os.memfd_create("settings")
     os.write(settings, snapshot)
     log = os.open(directory / "log", os.O_RDWR | os.O_CREAT)
     placed = {2: log, 3: theirs.fileno(), 4: theirs.fileno(), 5: settings}
+    if board:
+        placed[BOARD_FD] = settings
     moved = {to: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 20) for to, fd in placed.items()}
     pid = os.posix_spawn(
         sys.executable,
@@ -75,9 +80,13 @@ def test_how_it_ends_is_its_exit_code(tmp_path: Path, ending: str, code: int, sa
     assert 1 + bool(said) == len(log)
 
 
-def test_it_passes_nothing_on(tmp_path: Path) -> None:
-    """What the supervisor has placed is for this process and not for what it may start."""
-    _, log = run(tmp_path, "done", SETTINGS.snapshot())
+@pytest.mark.parametrize("board", [False, True])
+def test_it_passes_nothing_on(tmp_path: Path, *, board: bool) -> None:
+    """What the supervisor has placed is for this process and not for what it may start.
+
+    Workers have a board, the gateway has none.
+    """
+    _, log = run(tmp_path, "done", SETTINGS.snapshot(), board=board)
 
     assert [] == log[0]["inherited"]
 

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -186,3 +188,143 @@ def test_metrics_of_an_earlier_run_are_removed(state: StateDir) -> None:
     state.clear_metrics()
 
     assert [path.name for path in state.metrics_dir.iterdir()] == ["kept"]
+
+
+def boot_of(name: str) -> int:
+    """Return the boot of ``<server>.<boot>``."""
+    return int(name.partition(".")[2], 16)
+
+
+def server_of(state: StateDir) -> str:
+    """Return the id of the server that a directory belongs to, after one more boot."""
+    return state.next_boot(1.75e9).partition(".")[0]
+
+
+def test_a_server_has_one_name(state: StateDir) -> None:
+    """Made once, private, and found by whoever asks later; another directory has another one."""
+    name = server_of(state)
+    other = StateDir(state.path.with_name("other"))
+    other.create()
+
+    assert re.fullmatch("[0-9a-f]{8}", name)
+    assert name == server_of(StateDir(state.path)) == server_of(state)
+    assert name != server_of(other)
+    assert (state.path / "server").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_boot_is_the_time_in_milliseconds(state: StateDir) -> None:
+    """In hex, after the name of the server."""
+    name = state.next_boot(1_790_000_000.123)
+    assert f"{server_of(state)}.{1_790_000_000_123:x}" == name
+
+
+def test_boots_ascend_whatever_the_clock_does(state: StateDir) -> None:
+    """It may stand still, go back by years, or before its own beginning."""
+    clock = [1.8e9, 1.8e9, 1.7e9, 0.0, -5.0, 1.8e9, 1.9e9]
+    names = [StateDir(state.path).next_boot(now) for now in clock]
+    boots = [boot_of(name) for name in names]
+
+    assert 1 == len({name.partition(".")[0] for name in names})
+    assert boots == sorted(set(boots))
+    assert 1_900_000_000_000 == boots[-1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n",
+        b"\xff\xfe",
+        b"0123456\n",
+        b"01234567 19aa3f21c4e\n",
+        b"01234567 19aa3f21c4e here",
+        b"01234567 -1 here\n",
+        b"01234567 fffffffffffffffff here\n",
+        b"01234567 19aa3f21c4e here\nand more\n",
+    ],
+)
+def test_garbage_makes_another_server(state: StateDir, content: bytes) -> None:
+    """A name whose latest boot is not known could be given twice; a random one cannot."""
+    before = state.next_boot(1.8e9)
+    (state.path / "server").write_bytes(content)
+    after = state.next_boot(1.7e9)
+
+    assert before.partition(".")[0] != after.partition(".")[0] != "01234567"
+    assert after.partition(".")[0] == server_of(state)
+
+
+def test_a_copy_is_another_server(state: StateDir) -> None:
+    """Two machines from one image must not take each other for dead."""
+    name = server_of(state)
+    copied = Path(shutil.copytree(state.path, state.path.with_name("copy")))
+
+    assert server_of(StateDir(copied)) != name
+    assert name == server_of(state)
+
+
+def test_another_start_of_the_machine_is_another_server(state: StateDir) -> None:
+    """As a copy of a whole machine is, which cannot be told from it."""
+    name = state.next_boot(1.8e9).partition(".")[0]
+    file = state.path / "server"
+    kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    text = file.read_text()
+
+    assert kernel in text
+    file.write_text(text.replace(kernel, "00000000-0000-0000-0000-000000000000"))
+    assert name != server_of(state)
+
+
+BOOTING = """
+import sys
+from pathlib import Path
+from trioserver.statedir import StateDir
+while True:
+    # The clock stands still.
+    print(StateDir(Path(sys.argv[1])).next_boot(1.8e9), flush=True)
+"""
+
+
+def test_who_is_killed_over_a_name_leaves_a_good_one(state: StateDir) -> None:
+    """At any moment of its making: no name comes twice, and the server stays the same."""
+    names = [state.next_boot(1.8e9)]
+    for lines in (1, 2, 5):
+        with subprocess.Popen(
+            [sys.executable, "-c", BOOTING, str(state.path)], stdout=subprocess.PIPE, text=True
+        ) as boots:
+            assert boots.stdout is not None
+            names += [boots.stdout.readline().strip() for _ in range(lines)]
+            boots.kill()
+            names += [line.strip() for line in boots.stdout if line.endswith("\n")]
+        names.append(state.next_boot(1.8e9))
+
+    assert 1 == len({name.partition(".")[0] for name in names})
+    numbers = [boot_of(name) for name in names]
+    assert numbers == sorted(set(numbers))
+
+
+def test_a_name_is_never_half_written(state: StateDir) -> None:
+    """The file that is there stays whole until another one takes its place."""
+    before = state.next_boot(1.8e9)
+    os.link(state.path / "server", state.path / "kept")
+    state.next_boot(1.9e9)
+    (state.path / "kept").replace(state.path / "server")
+
+    assert boot_of(before) + 1 == boot_of(state.next_boot(0.0))
+
+
+def test_a_draft_that_was_left_behind_is_no_obstacle(state: StateDir) -> None:
+    """Somebody was killed over it."""
+    (state.path / ".server.draft").write_text("0123")
+    name = server_of(state)
+
+    assert name == server_of(state)
+    assert ["server"] == [path.name for path in state.path.glob("*server*")]
+
+
+def test_a_name_that_cannot_be_kept_is_refused(tmp_path: Path) -> None:
+    """The message names the file or its directory."""
+    with pytest.raises(SettingsError, match=r"DATA_DIR: .*missing.*: No such file"):
+        StateDir(tmp_path / "missing").next_boot(1.8e9)
+    (tmp_path / "server").mkdir()
+    with pytest.raises(SettingsError, match=r"DATA_DIR: .*server: Is a directory"):
+        StateDir(tmp_path).next_boot(1.8e9)
