@@ -1,35 +1,27 @@
 """Who is this? JSON Web Tokens in, verified claims out. Pure: the time is passed in.
 
-The algorithm is fixed by the configured key, never by the token: a secret verifies HMAC tokens
-only, a public key only its own family, so neither ``none`` nor a public key used as an HMAC
-secret gets anywhere. ``exp`` and ``sub`` are required; PyJWT would let a token without ``exp``
-live for ever.
+Whose signatures count is told by the settings, and checked by `signatures`: a secret and the one
+before it, a public key, the keys that an issuer publishes (`jwks`). ``exp`` and ``sub`` are
+required; PyJWT would let a token without ``exp`` live for ever.
 
-PyJWT decides what a good token is. Nearly all its time goes into parsing the header anew for every
-token and into looking at base64 character by character, yet a back end puts the same header into
-all its tokens. So the headers of a few accepted tokens are remembered, see `_Signatures`.
+What is in a token and is not what RFC 7519 says it is makes the token bad, also where nothing here
+depends on it (``iat``, ``jti``): a token whose age or name cannot be told could not be revoked by
+it, and whoever revokes it should not have to find that out.
 
 One refusal looks like another to the client. The outcome (`AuthError.outcome`) is for logs and
 metrics.
 """
 
-import binascii
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Final
 
-import attrs
 import jwt
 import msgspec
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PublicKey
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from jwt.algorithms import Algorithm
 
+from trioserver import verification_key
 from trioserver.errors import AuthError, SettingsError
+from trioserver.jwks import Keyring
 from trioserver.settings import Settings
+from trioserver.signatures import Either, Issued, Signatures, Signed
 
 MAX_TOKEN: Final = 8 << 10
 """Bytes of a token; the longest header line we take."""
@@ -37,20 +29,23 @@ MAX_TOKEN: Final = 8 << 10
 MAX_USER: Final = 128
 """Bytes of a user id, UTF-8."""
 
-_MAX_HEADERS: Final = 16
-"""Headers remembered per key; a back end has one per algorithm and key id. At most 128 KiB."""
+MAX_JTI: Final = 256
+"""Bytes of a token's own id, UTF-8."""
 
 _DISTANT: Final = 1e11
 """Seconds since 1970 beyond which no sane time lies (the year 5138)."""
 
 
-@attrs.frozen(kw_only=True)
-class Claims:
+class Claims(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a verified token says."""
 
     user: str
     expires_at: float
     """Seconds since 1970."""
+    jti: str = ""
+    """The token's own id; empty if it has none."""
+    issued_at: float = 0.0
+    """Seconds since 1970; 0.0 if it does not say, so that it counts as older than all others."""
 
 
 class _Claims(msgspec.Struct, frozen=True, gc=False):
@@ -59,176 +54,120 @@ class _Claims(msgspec.Struct, frozen=True, gc=False):
     sub: str
     exp: float
     nbf: float = 0.0
+    iat: float = 0.0
+    jti: str = ""
     aud: str | list[str] | None = None
     iss: str | None = None
 
 
+class _Audience(msgspec.Struct, frozen=True, gc=False):
+    """For whom a token is, of whatever type that is."""
+
+    aud: object = None
+
+
 _decode_claims = msgspec.json.Decoder(_Claims).decode
+_decode_audience = msgspec.json.Decoder(_Audience).decode
 
 
 class Verifier:
-    """Verifies tokens with the configured key.
+    """Verifies tokens with the configured keys.
+
+    Args:
+        settings: Of which ``jwt_*`` count here.
+        keyring: The keys behind ``JWT_JWKS_URL``; somebody else keeps it fresh (`key_keeping`).
 
     Raises:
-        SettingsError: The key cannot be read or does not fit the algorithms.
+        SettingsError: A key cannot be read or does not fit the algorithms, or there is none.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, keyring: Keyring | None = None) -> None:
         self._leeway = settings.jwt_leeway
         self._audience = settings.jwt_audience
         self._issuer = settings.jwt_issuer
         # The signature and the header are PyJWT's. The claims are ours: their times are checked
         # against the `now` passed in, and a typed decoder costs a tenth of PyJWT's checks.
-        self._signatures = _Signatures(_key(settings), settings.jwt_algorithms)
+        self._signed = _signed(settings, keyring)
+        # Bound once: it is called for every token.
+        self._payload = self._signed.payload
 
     def verify(self, token: str, now: float) -> Claims:
-        """Return the claims of ``token``.
+        """Return the claims of ``token``. Never waits for anything.
 
         Args:
             token: Compact serialisation.
             now: Seconds since 1970.
 
         Raises:
-            AuthError: With the outcome ``invalid`` or ``expired``.
+            AuthError: With the outcome ``invalid`` or ``expired``; or ``unknown_key`` and a
+                ``retry_after``, if the issuer must be asked for the key first.
         """
         if len(token) > MAX_TOKEN:
             raise AuthError("the token is too long")
         try:
-            claims = _decode_claims(self._signatures.payload(token))
+            claims = _decode_claims(self._payload(token))
         except (jwt.PyJWTError, msgspec.MsgspecError, ValueError, RecursionError) as error:
             # ValueError, RecursionError: headers that the json module chokes on.
             raise AuthError(f"{type(error).__name__}: {error}") from None
-        if now >= _sane(claims.exp) + self._leeway:
-            raise AuthError("the token has expired", outcome="expired")
-        if now < _sane(claims.nbf) - self._leeway:
-            raise AuthError("the token is not valid yet")
+        self._check_times(claims, now)
         if self._issuer is not None and claims.iss != self._issuer:
             raise AuthError("the token is from another issuer")
         if self._audience is not None and not self._for_us(claims.aud):
             raise AuthError("the token is for another audience")
-        return Claims(user=check_user(claims.sub), expires_at=claims.exp)
+        return Claims(
+            user=check_user(claims.sub),
+            expires_at=claims.exp,
+            jti=claims.jti and _check_jti(claims.jti),
+            issued_at=claims.iat,
+        )
+
+    def _check_times(self, claims: _Claims, now: float) -> None:
+        if now >= _sane(claims.exp) + self._leeway:
+            raise AuthError("the token has expired", outcome="expired")
+        latest = now + self._leeway
+        if claims.nbf and _sane(claims.nbf) > latest:
+            raise AuthError("the token is not valid yet")
+        if claims.iat and _sane(claims.iat) > latest:
+            raise AuthError("the token is from the future")
 
     def _for_us(self, audience: str | list[str] | None) -> bool:
         """Whether ours is the audience or, as a whole, one of them (RFC 7519 4.1.3)."""
         return self._audience in (audience if isinstance(audience, list) else [audience])
 
 
-PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey | Ed448PublicKey
-Key = str | PublicKey
+def _signed(settings: Settings, keyring: Keyring | None) -> Signed:
+    """Return whose signatures count."""
+    algorithms = settings.jwt_algorithms
+    if algorithms[0].startswith("HS"):
+        return _signed_with_secret(settings)
+    path = settings.jwt_public_key_file
+    own = None if path is None else Signatures(verification_key.read(path), algorithms)
+    if keyring is not None:
+        # An issuer signs for many. Whoever has not said who we are is nobody's audience.
+        vet = _refuse_audience if settings.jwt_audience is None else None
+        return Issued(keyring, own, vet)
+    if own is not None:
+        return own
+    if settings.jwt_jwks_url is not None:
+        raise SettingsError("JWT_JWKS_URL", "its keys are not at hand here", "JWT_PUBLIC_KEY_FILE")
+    raise SettingsError("JWT_PUBLIC_KEY_FILE", "no public key to verify tokens with", "key.pem")
 
 
-class _Signatures:
-    """Signatures made with one key: a token in, what was signed out.
-
-    PyJWT judges every header that is new: the algorithm, ``crit``, ``b64`` and all the rest. When
-    a token with a new header has turned out to be good, the header is remembered. From then on a
-    token with the very same header segment needs only its base64 decoded and its signature
-    checked, which is done by PyJWT's own algorithm with the key it has prepared. A token in which
-    anything else is unusual goes to PyJWT all the same, so this is never laxer nor stricter.
-
-    Raises:
-        SettingsError: None of the algorithms fits the key.
-    """
-
-    def __init__(self, key: Key, algorithms: Iterable[str]) -> None:
-        self._jws = jwt.PyJWS(options={"enforce_minimum_key_length": True})
-        self._key = key
-        self._algorithms = self._fitting(algorithms)
-        self._known: dict[bytes, tuple[Algorithm, object]] = {}
-
-    def payload(self, token: str) -> bytes:
-        """Return what was signed.
-
-        Raises:
-            jwt.PyJWTError: The token is malformed or not signed with our key.
-            ValueError: The same.
-            RecursionError: Its header is nested too deeply.
-        """
-        signed, _, tail = token.encode().rpartition(b".")
-        header, _, body = signed.partition(b".")
-        known = self._known.get(header)
-        if known is None:
-            return self._judged(token, header)
-        try:
-            payload, signature = _decoded(body), _decoded(tail)
-        except ValueError:
-            return self._judged(token, header)
-        algorithm, key = known
-        if not algorithm.verify(signed, key, signature):
-            raise jwt.InvalidSignatureError("Signature verification failed")
-        return payload
-
-    def _judged(self, token: str, header: bytes) -> bytes:
-        judged = self._jws.decode_complete(token, self._key, algorithms=list(self._algorithms))
-        if header not in self._known:
-            # Only whoever has the key gets here, so strangers cannot push anything out. A back
-            # end with a new header in each token has them all judged, as if none was remembered.
-            if len(self._known) == _MAX_HEADERS:
-                del self._known[next(iter(self._known))]
-            self._known[header] = self._algorithms[judged["header"]["alg"]]
-        payload: bytes = judged["payload"]
-        return payload
-
-    def _fitting(self, algorithms: Iterable[str]) -> dict[str, tuple[Algorithm, object]]:
-        """Return the algorithms that this key is for, each with the key as it wants it.
-
-        PyJWT would raise a TypeError at a token with an algorithm of another family.
-        """
-        fitting: dict[str, tuple[Algorithm, object]] = {}
-        problem: object = None
-        for name in algorithms:
-            algorithm = self._jws.get_algorithm_by_name(name)
-            try:
-                key = algorithm.prepare_key(self._key)
-            except (jwt.InvalidKeyError, TypeError) as error:
-                problem = error
-                continue
-            problem = algorithm.check_key_length(key)
-            if problem is None:
-                fitting[name] = (algorithm, key)
-        if not fitting:
-            raise SettingsError("JWT_ALGORITHMS", f"none of them fits the key: {problem}")
-        return fitting
+def _refuse_audience(payload: bytes) -> None:
+    """Refuse what an issuer has signed for somebody (RFC 7519 4.1.3)."""
+    if _decode_audience(payload).aud is not None:
+        raise AuthError("the token is for an audience (aud), and JWT_AUDIENCE is not set")
 
 
-_STANDARD: Final = bytes.maketrans(b"-_+/=", b"+/...")
-"""From the base64 of URLs to the other one; what is no part of the former becomes invalid."""
-
-
-def _decoded(segment: bytes) -> bytes:
-    """Return the bytes that a canonical base64url segment without padding stands for.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    standard = segment.translate(_STANDARD) + b"=" * (-len(segment) % 4)
-    decoded = binascii.a2b_base64(standard, strict_mode=True)
-    # Several texts are decoded to the same bytes, even strictly: the last bits may be anything.
-    if binascii.b2a_base64(decoded, newline=False) != standard:
-        raise ValueError("not canonical")
-    return decoded
-
-
-def _key(settings: Settings) -> Key:
-    if not settings.jwt_algorithms[0].startswith("HS"):
-        return _public_key(settings.jwt_public_key_file)
-    if settings.jwt_secret_key is None:
+def _signed_with_secret(settings: Settings) -> Signed:
+    secret, previous = settings.jwt_secret_key, settings.jwt_secret_key_previous
+    if secret is None:
         raise SettingsError("JWT_SECRET_KEY", "no key to verify tokens with", "32 random bytes")
-    return settings.jwt_secret_key
-
-
-def _public_key(path: Path | None) -> PublicKey:
-    problem: object = "it is of a kind that signs no tokens"
-    try:
-        key = load_pem_public_key(Path(path or "").read_bytes())
-    except (OSError, ValueError) as error:
-        problem = error
-    else:
-        if isinstance(key, PublicKey):
-            return key
-    raise SettingsError(
-        "JWT_PUBLIC_KEY_FILE", f"no public key can be read from it: {problem}", "key.pem"
-    )
+    current = Signatures(secret, settings.jwt_algorithms)
+    if previous is None or previous == secret:
+        return current
+    name = "JWT_SECRET_KEY_PREVIOUS"
+    return Either(current, Signatures(previous, settings.jwt_algorithms, name))
 
 
 def _sane(moment: float) -> float:
@@ -236,6 +175,13 @@ def _sane(moment: float) -> float:
     if not -_DISTANT < moment < _DISTANT:
         raise AuthError("a time in the token is beyond all reason")
     return moment
+
+
+def _check_jti(jti: str) -> str:
+    # What cannot be typed or is very long could not be revoked by name.
+    if not jti.isprintable() or len(jti.encode()) > MAX_JTI:
+        raise AuthError("jti is not a printable string, or too long")
+    return jti
 
 
 def check_user(subject: str) -> str:
@@ -252,20 +198,32 @@ def check_user(subject: str) -> str:
     return subject
 
 
-def sign(settings: Settings, user: str, expires_at: float) -> str:
+def sign(
+    settings: Settings, user: str, expires_at: float, *, jti: str = "", issued_at: float = 0.0
+) -> str:
     """Return a token for ``user``; for tools and tests, with the server's own secret.
+
+    Args:
+        settings: Of which ``jwt_*`` count here.
+        user: Whose it is.
+        expires_at: Seconds since 1970.
+        jti: The token's own id; none if empty.
+        issued_at: Seconds since 1970; not said if 0.
 
     Raises:
         SettingsError: Tokens are verified with a public key, so none can be made here.
-        AuthError: That is no user's id.
+        AuthError: That is no user's id, or no token's.
     """
     if settings.jwt_secret_key is None or not settings.jwt_algorithms[0].startswith("HS"):
         raise SettingsError(
             "JWT_SECRET_KEY", "tokens can be made only where the secret is known", "gentoken"
         )
+    optional: dict[str, object] = {
+        "jti": _check_jti(jti),
+        "iat": round(issued_at, 3),
+        "aud": settings.jwt_audience,
+        "iss": settings.jwt_issuer,
+    }
     claims: dict[str, object] = {"sub": check_user(user), "exp": int(expires_at)}
-    if settings.jwt_audience is not None:
-        claims["aud"] = settings.jwt_audience
-    if settings.jwt_issuer is not None:
-        claims["iss"] = settings.jwt_issuer
+    claims |= {name: value for name, value in optional.items() if value}
     return jwt.encode(claims, settings.jwt_secret_key, algorithm=settings.jwt_algorithms[0])

@@ -57,10 +57,13 @@ class RedisRefused(RedisError):  # noqa: N818 - reads as the state it reports
 class AuthError(TrioserverError):
     """A token was refused. The text is for the log; clients get one generic sentence."""
 
-    def __init__(self, problem: str, *, outcome: str = "invalid") -> None:
+    def __init__(self, problem: str, *, outcome: str = "invalid", retry_after: int = 0) -> None:
         super().__init__(problem)
         self.outcome = outcome
-        """Label of ``auth_total``: ``invalid`` or ``expired``."""
+        """Label of ``auth_total``: ``invalid``, ``expired``, ``revoked`` or ``unknown_key``."""
+        self.retry_after = retry_after
+        """Seconds after which the same token may be good: more than 0 with ``unknown_key`` only,
+        which is no verdict but the want of a key that is being fetched."""
 
 
 @attrs.frozen

@@ -18,7 +18,7 @@ What is answered meanwhile
     come back without it: until then the client is told to come again (`NoKey.retry_after`). So an
     issuer may sign with a new key in the moment it publishes it, and no client throws a good token
     away. The no is good for ``retry`` seconds, then it is asked again: whoever asks for names in
-    advance wins nothing.
+    advance wins nothing. For a token whose algorithm is not in ``JWT_ALGORITHMS`` nobody is asked.
 
 What is a key
     Public keys for signatures only: no secrets, no private halves, no RSA below 2,048 bits. The
@@ -29,6 +29,7 @@ What is a key
 import base64
 import binascii
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -189,6 +190,7 @@ def _algorithm(entry: dict[str, object], algorithms: Sequence[str]) -> str | Non
 
 class _Header(msgspec.Struct, frozen=True, gc=False):
     kid: str | None = None
+    alg: str = ""
 
 
 _decode_header = msgspec.json.Decoder(_Header).decode
@@ -200,10 +202,17 @@ class Keyring:
     Args:
         algorithms: ``JWT_ALGORITHMS``.
         pace: How often the issuer is asked.
+        clock: Seconds of the one clock that everybody takes ``now`` from; never goes backwards.
     """
 
-    def __init__(self, algorithms: Sequence[str], pace: Pace | None = None) -> None:
+    def __init__(
+        self,
+        algorithms: Sequence[str],
+        pace: Pace | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.algorithms = tuple(algorithms)
+        self.clock = clock
         self.on_wanted: Callable[[], None] = lambda: None
         """Called when `due_at` has come nearer. Must not raise."""
         self.failures = 0
@@ -224,7 +233,7 @@ class Keyring:
         self._known_at = -math.inf
         """When that fetch began."""
         self._by_header: dict[str, jwt.PyJWK] = {}
-        """Keys by the encoded headers of tokens, of which there are as many as there are keys."""
+        """Keys by the encoded headers of accepted tokens, nearly as few as there are keys."""
 
     @property
     def due_at(self) -> float:
@@ -235,33 +244,63 @@ class Keyring:
         """Tell whether there are keys at all."""
         return self._set is not None and now < self._expires
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Return the names of the keys of the last set that was fetched."""
+        return frozenset(self._set.keys if self._set is not None else ())
+
+    def held(self, token: str, now: float) -> jwt.PyJWK | None:
+        """Return the key that a token says it was signed with, if it is at hand.
+
+        Args:
+            token: Compact serialisation; nothing of it is verified here.
+            now: What `clock` says.
+
+        Raises:
+            AuthError: It has no header that could be read.
+        """
+        if self._set is None or now >= self._expires:
+            return None
+        header = token.partition(".")[0]
+        return self._by_header.get(header) or self._set.find(_read(header).kid or "")
+
+    def accepted(self, token: str, key: jwt.PyJWK) -> None:
+        """Remember the header of a token that has turned out to be signed with a key of ours.
+
+        Args:
+            token: Compact serialisation, verified.
+            key: What `held` or `key_for` has just returned for it.
+        """
+        header = token.partition(".")[0]
+        if header in self._by_header or len(header) > _MAX_HEADER:
+            return
+        if len(self._by_header) == _MAX_HEADERS:
+            del self._by_header[next(iter(self._by_header))]
+        self._by_header[header] = key
+
     def key_for(self, token: str, now: float) -> jwt.PyJWK | NoKey:
         """Return the key that a token says it was signed with. Never fetches.
 
         Args:
             token: Compact serialisation; nothing of it is verified here.
-            now: The same clock as everywhere in this class, in seconds.
+            now: What `clock` says.
 
         Raises:
             AuthError: It has no header that could be read.
         """
-        header = token.partition(".")[0]
-        if not self.usable(now):
-            return self._later(_kid(header), now)
-        key = self._by_header.get(header)
+        key = self.held(token, now)
         if key is not None:
             return key
-        kid = _kid(header)
-        assert self._set is not None  # noqa: S101 - for the type checker: it is usable
-        key = self._set.find(kid)
-        if key is not None:
-            if len(header) <= _MAX_HEADER and len(self._by_header) < _MAX_HEADERS:
-                self._by_header[header] = key
-            return key
-        if not kid or len(kid) > MAX_KID:
+        header = _read(token.partition(".")[0])
+        kid = header.kid or ""
+        if header.alg not in self.algorithms:
+            # No key that may come would be for it.
             return NoKey(0)
-        if kid in self._absent and now < self._known_at + self._pace.retry:
-            return NoKey(0)
+        if self.usable(now):
+            if not kid or len(kid) > MAX_KID:
+                return NoKey(0)
+            if kid in self._absent and now < self._known_at + self._pace.retry:
+                return NoKey(0)
         return self._later(kid, now)
 
     def _later(self, kid: str, now: float) -> NoKey:
@@ -305,9 +344,9 @@ class Keyring:
         self.failures += 1
 
 
-def _kid(header: str) -> str:
-    """Return the name of the key in a token's encoded header; empty if there is none."""
+def _read(header: str) -> _Header:
+    """Return what a token's encoded header says."""
     try:
-        return _decode_header(base64.urlsafe_b64decode(header + "==")).kid or ""
+        return _decode_header(base64.urlsafe_b64decode(header + "=="))
     except (binascii.Error, ValueError, msgspec.MsgspecError, RecursionError):
         raise AuthError("the token has no header that could be read") from None

@@ -1,31 +1,24 @@
-"""Fetching a JWKS: one bounded GET, and the task that keeps a `jwks.Keyring` fresh.
+"""Fetching a JWKS: one bounded GET, and the loop that keeps a `jwks.Keyring` fresh.
 
 HTTP is h11's, TLS and sockets are Trio's; between them there is little to do for one GET of one
 document. What is refused is more: redirects (the setting says where the keys are, nobody else),
 any status but 200, encodings that have to be inflated, more bytes than a key set has. One deadline
 is for everything, from the name lookup to the last byte, so dripping does not help.
 
-Certificates are checked against the system's authorities, or those in ``SSL_CERT_FILE``. Plain
-``http`` is for loopback and for meshes that do their own TLS: whoever can change the answer on its
-way can make tokens (`Target.is_plain`, to warn).
+Certificates are checked against the system's authorities, or those in ``SSL_CERT_FILE``.
 """
 
-import re
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import Final, NoReturn
-from urllib.parse import urlsplit
 
-import attrs
 import h11
 import trio
 
 from trioserver import __version__
-from trioserver.errors import SettingsError, TrioserverError
+from trioserver.errors import TrioserverError
 from trioserver.jwks import MAX_DOCUMENT, Keyring, KeySetError, key_set
-
-SETTING: Final = "JWT_JWKS_URL"
-EXAMPLE: Final = "https://login.example.com/.well-known/jwks.json"
+from trioserver.jwks_url import Target
 
 FETCH_SECONDS: Final = 5.0
 """For all of it. A login server that takes longer is in trouble, and the known keys stay good."""
@@ -40,48 +33,6 @@ _INTERIM: Final = 8
 
 class FetchError(TrioserverError):
     """The document could not be had; the text says why, on one line."""
-
-
-@attrs.frozen(kw_only=True)
-class Target:
-    """Where a document is."""
-
-    host: str
-    port: int
-    is_plain: bool
-    """Whether it is ``http``."""
-    path: str
-    """With the query."""
-    authority: str
-    """For the ``Host`` header."""
-
-    @classmethod
-    def parse(cls, url: str) -> "Target":
-        """Return what a URL says.
-
-        Raises:
-            SettingsError: It is no URL for a JWKS.
-        """
-        try:
-            # Printable ASCII: urlsplit() leaves out line ends, and others are not for the wire.
-            if not re.fullmatch(r"[!-~]+", url):
-                raise ValueError("has characters that no URL has")  # noqa: TRY301 - one table
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError as error:
-            raise SettingsError(SETTING, str(error), EXAMPLE) from None
-        if parts.scheme not in {"http", "https"} or not parts.hostname or port == 0:
-            raise SettingsError(SETTING, "is no URL with https:// (or http://)", EXAMPLE)
-        if "@" in parts.netloc or parts.fragment:
-            raise SettingsError(SETTING, "has a user name or a fragment", EXAMPLE)
-        plain = parts.scheme == "http"
-        return cls(
-            host=parts.hostname,
-            port=port or (80 if plain else 443),
-            is_plain=plain,
-            path=(parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
-            authority=parts.netloc,
-        )
 
 
 async def fetch(
@@ -193,13 +144,12 @@ async def keep_fresh(
 ) -> NoReturn:
     """Fetch whenever the keyring wants it, one fetch at a time, until cancelled.
 
-    Its clock is Trio's: whoever asks the keyring passes ``trio.current_time()``.
-
     Args:
         keyring: Whose keys they are.
         get: Returns the document or raises `FetchError`.
         report: Called after every fetch with what went wrong, or None. Must not raise.
     """
+    clock = keyring.clock
     wanted = trio.Event()
 
     def want() -> None:
@@ -207,16 +157,25 @@ async def keep_fresh(
 
     keyring.on_wanted = want
     while True:
-        while trio.current_time() < keyring.due_at:
+        while (delay := keyring.due_at - clock()) > 0:
             wanted = trio.Event()
-            with trio.move_on_at(keyring.due_at):
+            with trio.move_on_after(delay):
                 await wanted.wait()
-        keyring.began(trio.current_time())
-        try:
-            keys = key_set(await get(), keyring.algorithms)
-        except (FetchError, KeySetError) as problem:
-            keyring.failed(trio.current_time())
-            report(str(problem))
-        else:
-            keyring.succeeded(keys, trio.current_time())
-            report("; ".join(keys.skipped) or None)
+        await fetch_once(keyring, get, report)
+
+
+async def fetch_once(
+    keyring: Keyring,
+    get: Callable[[], Awaitable[bytes]],
+    report: Callable[[str | None], None],
+) -> None:
+    """Fetch once and tell the keyring. For the arguments see `keep_fresh`."""
+    keyring.began(keyring.clock())
+    try:
+        keys = key_set(await get(), keyring.algorithms)
+    except (FetchError, KeySetError) as problem:
+        keyring.failed(keyring.clock())
+        report(str(problem))
+    else:
+        keyring.succeeded(keys, keyring.clock())
+        report("; ".join(keys.skipped) or None)

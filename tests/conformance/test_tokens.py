@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trioserver.auth import Key, _Signatures
+from trioserver.signatures import Signatures
+from trioserver.verification_key import Key
 
 PrivateKey = (
     rsa.RSAPrivateKey
@@ -91,10 +92,10 @@ def good_tokens(family: str) -> list[str]:
 
 
 @cache
-def experienced(family: str) -> _Signatures:
+def experienced(family: str) -> Signatures:
     """Return one that knows all good headers."""
     key, algorithms = FAMILIES[family]
-    signatures = _Signatures(public(key), algorithms)
+    signatures = Signatures(public(key), algorithms)
     for token in good_tokens(family):
         signatures.payload(token)
     return signatures
@@ -123,7 +124,7 @@ def agreed(family: str, token: str) -> bytes | None:
     """Return what all three say: PyJWT, we at first sight, and we with experience."""
     key, algorithms = FAMILIES[family]
     expected = oracle(family, token)
-    assert expected == answer(_Signatures(public(key), algorithms).payload, token)
+    assert expected == answer(Signatures(public(key), algorithms).payload, token)
     assert expected == answer(experienced(family).payload, token)
     return expected
 

@@ -1,68 +1,35 @@
 """Tokens: a table of hostile ones, and the right ones of every family."""
 
-import base64
 import hashlib
 import hmac
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
 import jwt
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa, x25519
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-)
+from cryptography.hazmat.primitives.asymmetric import x25519
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
+from hypothesis import settings as patience
 from hypothesis import strategies as st
 
+from tests.trioserver.token_table import (
+    BAD,
+    GOOD,
+    KEYS,
+    NOW,
+    SECRET,
+    SETTINGS,
+    encoded,
+    forged,
+    pem_of,
+    private_pem_of,
+    strangers,
+)
 from trioserver.auth import MAX_TOKEN, Claims, Verifier, sign
 from trioserver.errors import AuthError, SettingsError
 from trioserver.settings import Settings
-
-NOW = 1_800_000_000.0
-SECRET = "0123456789abcdef0123456789abcdef"
-SETTINGS = Settings(jwt_secret_key=SECRET, jwt_leeway=30.0)
-GOOD: dict[str, object] = {"sub": "ann", "exp": NOW + 60}
-
-PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
-RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-KEYS: dict[str, PrivateKey] = {
-    "RS256": RSA,
-    "RS384": RSA,
-    "RS512": RSA,
-    "ES256": ec.generate_private_key(ec.SECP256R1()),
-    "ES384": ec.generate_private_key(ec.SECP384R1()),
-    "ES512": ec.generate_private_key(ec.SECP521R1()),
-    "EdDSA": ed25519.Ed25519PrivateKey.generate(),
-}
-
-
-def encoded(part: object) -> str:
-    """Return one part of a token."""
-    raw = part if isinstance(part, bytes) else json.dumps(part).encode()
-    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
-
-
-def forged(claims: object, header: object = None, secret: str | bytes = SECRET) -> str:
-    """Return a token with a right HS256 signature, whatever its parts are."""
-    key = secret if isinstance(secret, bytes) else secret.encode()
-    first = encoded({"alg": "HS256", "typ": "JWT"} if header is None else header)
-    signed = f"{first}.{encoded(claims)}"
-    return f"{signed}.{encoded(hmac.digest(key, signed.encode(), hashlib.sha256))}"
-
-
-def pem_of(key: PrivateKey) -> bytes:
-    """Return the public half."""
-    return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-
-
-def private_pem_of(key: PrivateKey) -> bytes:
-    """Return the private half."""
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def with_key(tmp_path: Path, algorithm: str) -> Settings:
@@ -75,72 +42,17 @@ def with_key(tmp_path: Path, algorithm: str) -> Settings:
 def test_a_good_token_names_its_user_and_its_end() -> None:
     """The claims come back as they were signed."""
     claims = Verifier(SETTINGS).verify(forged(GOOD), NOW)
-    assert Claims(user="ann", expires_at=NOW + 60) == claims
+    assert Claims(user="ann", expires_at=NOW + 60, jti="", issued_at=0.0) == claims
 
 
-DEEP = b'{"sub":"ann","exp":1e10,"x":' + b"[" * 2_500 + b"]" * 2_500 + b"}"
-BAD: dict[str, str] = {
-    "nothing": "",
-    "dots": "..",
-    "one part": "abc",
-    "four parts": forged(GOOD) + ".x",
-    "not ASCII": forged(GOOD) + "ä",
-    "line end": forged(GOOD) + "\n",
-    "lone surrogate": "\ud800" + forged(GOOD),
-    "NUL": "\0",
-    "none": f"{encoded({'alg': 'none'})}.{encoded(GOOD)}.",
-    "NoNe": f"{encoded({'alg': 'NoNe'})}.{encoded(GOOD)}.",
-    "none, signed": forged(GOOD, {"alg": "none"}),
-    "empty algorithm": forged(GOOD, {"alg": ""}),
-    "no algorithm": forged(GOOD, {"typ": "JWT"}),
-    "algorithm of a wrong type": forged(GOOD, {"alg": ["HS256"]}),
-    "algorithm null": forged(GOOD, {"alg": None}),
-    "lower-case algorithm": forged(GOOD, {"alg": "hs256"}),
-    "HS512 where HS256 is set": jwt.encode(GOOD, SECRET * 2, algorithm="HS512"),
-    "no signature": forged(GOOD).rpartition(".")[0] + ".",
-    "wrong key": forged(GOOD, secret="x" * 32),
-    "empty key": forged(GOOD, secret=""),
-    "truncated signature": forged(GOOD)[:-2],
-    "header a list": forged(GOOD, ["HS256"]),
-    "header no JSON": forged(GOOD, b"{"),
-    "unknown crit": forged(GOOD, {"alg": "HS256", "crit": ["x"], "x": 1}),
-    "crit b64": forged(GOOD, {"alg": "HS256", "crit": ["b64"], "b64": False}),
-    "crit of a wrong type": forged(GOOD, {"alg": "HS256", "crit": "x"}),
-    "kid of a wrong type": forged(GOOD, {"alg": "HS256", "kid": 1}),
-    "claims a list": forged([GOOD]),
-    "claims a string": forged("ann"),
-    "claims no JSON": forged(b"{"),
-    "claims not UTF-8": forged(b'{"sub":"\xff","exp":1e10}'),
-    "nested": forged(DEEP),
-    "unfinished nesting": forged(b"[" * 5_900),
-    "an integer of 4,500 digits": forged(b'{"sub":"ann","exp":' + b"9" * 4_500 + b"}"),
-    "9 KiB": forged({**GOOD, "x": "y" * (9 << 10)}),
-    "no exp": forged({"sub": "ann"}),
-    "exp null": forged({**GOOD, "exp": None}),
-    "exp a string": forged({**GOOD, "exp": str(NOW + 60)}),
-    "exp true": forged({**GOOD, "exp": True}),
-    "exp a list": forged({**GOOD, "exp": [NOW + 60]}),
-    "exp infinite": forged({**GOOD, "exp": float("inf")}),
-    "exp minus infinite": forged({**GOOD, "exp": float("-inf")}),
-    "exp 1e308": forged({**GOOD, "exp": 1e308}),
-    "exp -1e308": forged({**GOOD, "exp": -1e308}),
-    "exp in the year 10000": forged({**GOOD, "exp": 253402300800}),
-    "exp not a number": forged({**GOOD, "exp": float("nan")}),
-    "nbf in the future": forged({**GOOD, "nbf": NOW + 31}),
-    "nbf a string": forged({**GOOD, "nbf": "0"}),
-    "nbf null": forged({**GOOD, "nbf": None}),
-    "no sub": forged({"exp": NOW + 60}),
-    "sub null": forged({**GOOD, "sub": None}),
-    "sub a number": forged({**GOOD, "sub": 42}),
-    "sub a list": forged({**GOOD, "sub": ["ann"]}),
-    "sub empty": forged({**GOOD, "sub": ""}),
-    "sub of 129": forged({**GOOD, "sub": "x" * 129}),
-    "sub of 65 characters, 130 bytes": forged({**GOOD, "sub": "ä" * 65}),
-    "sub with a line end": forged({**GOOD, "sub": "ann\nbob"}),
-    "sub with NUL": forged({**GOOD, "sub": "ann\0"}),
-    "sub with a surrogate": forged(b'{"sub":"\\ud800","exp":1e10}'),
-    "sub with U+2028": forged({**GOOD, "sub": "ann\u2028"}),
-}
+@pytest.mark.parametrize("jti", ["7", "a b", "x" * 256, "ä" * 128])
+@pytest.mark.parametrize("issued_at", [-1.0, 0.5, NOW - 60, NOW + 30])
+def test_a_token_may_have_a_name_and_an_age(jti: str, issued_at: float) -> None:
+    """Both come back as they were signed; the issuer's clock may be ahead by the leeway."""
+    claims = Verifier(SETTINGS).verify(forged({**GOOD, "jti": jti, "iat": issued_at}), NOW)
+    assert (jti, issued_at) == (claims.jti, claims.issued_at)
+
+
 EXPIRED: dict[str, object] = {"now": NOW - 30, "0": 0, "negative": -1}
 
 
@@ -177,8 +89,9 @@ def test_an_integer_exp_of_any_size_raises_nothing_unexpected(exponent: int, sig
         {"exp": int(NOW) + 1},
         {"nbf": NOW + 29},
         {"nbf": -1},
-        {"iat": NOW + 1000},
-        {"iat": "yesterday"},
+        {"iat": NOW + 30},
+        {"iat": 0},
+        {"jti": ""},
         {"aud": "somebody else's"},
         {"iss": "anybody"},
         {"sub": "x" * 128},
@@ -233,6 +146,85 @@ def test_public_keys_verify_their_own_family(algorithm: str, tmp_path: Path) -> 
         verifier.verify(forged(GOOD), NOW)
 
 
+@pytest.mark.parametrize("name", strangers("HS256"))
+def test_strangers_with_a_secret_of_their_own_are_refused(name: str) -> None:
+    """Whatever their header says about where the key is: nobody looks there."""
+    verifier = Verifier(SETTINGS)
+    for _ in range(2):
+        with pytest.raises(AuthError) as caught:
+            verifier.verify(strangers("HS256")[name], NOW)
+        assert "invalid" == caught.value.outcome
+        verifier.verify(forged(GOOD), NOW)
+
+
+@pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
+def test_strangers_with_a_key_pair_of_their_own_are_refused(algorithm: str, tmp_path: Path) -> None:
+    """Also when they send the public half along."""
+    verifier = Verifier(with_key(tmp_path, algorithm))
+    for name, token in strangers(algorithm).items():
+        with pytest.raises(AuthError) as caught:
+            verifier.verify(token, NOW)
+        assert "invalid" == caught.value.outcome, name
+
+
+@pytest.mark.parametrize("algorithms", [("HS256",), ("HS512", "HS256")])
+def test_a_change_of_the_secret_locks_nobody_out(algorithms: tuple[str, ...]) -> None:
+    """Tokens of both secrets are good in the overlap, in any order; afterwards one is not."""
+    old, new = "o" * 64, "n" * 64
+    before = Settings(jwt_secret_key=old, jwt_algorithms=algorithms)
+    overlap = attrs.evolve(before, jwt_secret_key=new, jwt_secret_key_previous=old)
+    after = attrs.evolve(before, jwt_secret_key=new)
+    verifier = Verifier(overlap)
+    tokens = [sign(settings, "ann", NOW + 60) for settings in (before, overlap, before, after)]
+    assert ["ann"] * 40 == [verifier.verify(token, NOW).user for token in tokens * 10]
+    with pytest.raises(AuthError):
+        verifier.verify(forged(GOOD, secret="x" * 64), NOW)
+    with pytest.raises(AuthError):
+        Verifier(after).verify(tokens[0], NOW)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_tokens_are_invalid_with_two_secrets(name: str) -> None:
+    """The second chance is for another signature, for nothing else."""
+    for first, second in ((SECRET, "o" * 32), ("o" * 32, SECRET)):
+        settings = attrs.evolve(SETTINGS, jwt_secret_key=first, jwt_secret_key_previous=second)
+        with pytest.raises(AuthError) as caught:
+            Verifier(settings).verify(BAD[name], NOW)
+        assert "invalid" == caught.value.outcome
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Return a function that tells how many signatures have been checked with a secret."""
+    checks = []
+    verify = jwt.algorithms.HMACAlgorithm.verify
+
+    def count(self: jwt.algorithms.HMACAlgorithm, msg: bytes, key: bytes, sig: bytes) -> bool:
+        checks.append(key)
+        return verify(self, msg, key, sig)
+
+    monkeypatch.setattr(jwt.algorithms.HMACAlgorithm, "verify", count)
+    return lambda: len(checks)
+
+
+def test_a_wrong_signature_costs_one_check_per_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a header that is known or not; a good one costs no more than its own needs."""
+    count = counted(monkeypatch)
+    wrong = forged(GOOD, secret="x" * 32)
+    for previous, most in ((None, 1), (SECRET, 1), ("o" * 32, 2)):
+        verifier = Verifier(attrs.evolve(SETTINGS, jwt_secret_key_previous=previous))
+        for token, expected in ((wrong, most), (forged(GOOD), 1), (wrong, most)):
+            before = count()
+            try:
+                verifier.verify(token, NOW)
+            except AuthError:
+                assert wrong is token
+            assert expected == count() - before
+    before = count()
+    with pytest.raises(AuthError):
+        verifier.verify(forged(GOOD, {"alg": "none"}), NOW)
+    assert before == count()
+
+
 @pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
 def test_a_public_key_is_no_hmac_secret(algorithm: str, tmp_path: Path) -> None:
     """A token signed with the public key's own bytes gets nowhere."""
@@ -261,6 +253,8 @@ def test_a_secret_that_is_none_is_a_settings_error(secret: str) -> None:
     """One that can be guessed, or that is a key in some format, is refused before any token."""
     with pytest.raises(SettingsError, match="JWT_ALGORITHMS"):
         Verifier(attrs.evolve(SETTINGS, jwt_secret_key=secret))
+    with pytest.raises(SettingsError, match="JWT_SECRET_KEY_PREVIOUS"):
+        Verifier(attrs.evolve(SETTINGS, jwt_secret_key_previous=secret))
 
 
 def test_a_secret_verifies_only_what_it_is_long_enough_for() -> None:
@@ -309,6 +303,7 @@ def test_keys_that_cannot_be_used_are_settings_errors(tmp_path: Path) -> None:
         Verifier(Settings(jwt_secret_key=None))
 
 
+@patience(deadline=None)
 @given(
     st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=30)
 )
@@ -317,6 +312,9 @@ def test_signed_tokens_are_accepted(user: str) -> None:
     for settings in (SETTINGS, attrs.evolve(SETTINGS, jwt_audience="us", jwt_issuer="them")):
         claims = Verifier(settings).verify(sign(settings, user, NOW + 60.9), NOW)
         assert Claims(user=user, expires_at=NOW + 60) == claims
+        named = sign(settings, user, NOW + 60, jti="j", issued_at=NOW - 0.25)
+        claims = Verifier(settings).verify(named, NOW)
+        assert ("j", NOW - 0.25) == (claims.jti, claims.issued_at)
 
 
 def test_tokens_can_be_made_only_where_the_secret_is(tmp_path: Path) -> None:
@@ -328,8 +326,11 @@ def test_tokens_can_be_made_only_where_the_secret_is(tmp_path: Path) -> None:
     for user in ("", "a\nb", "x" * 129):
         with pytest.raises(AuthError):
             sign(SETTINGS, user, NOW)
+    with pytest.raises(AuthError):
+        sign(SETTINGS, "ann", NOW, jti="x" * 257)
 
 
+@patience(deadline=None)
 @given(st.text() | st.binary(max_size=MAX_TOKEN).map(lambda data: data.decode("latin-1")))
 def test_random_tokens_raise_nothing_but_an_auth_error(token: str) -> None:
     """Whatever the characters."""
@@ -337,6 +338,7 @@ def test_random_tokens_raise_nothing_but_an_auth_error(token: str) -> None:
         Verifier(SETTINGS).verify(token, NOW)
 
 
+@patience(deadline=None)
 @given(st.binary(max_size=200), st.binary(max_size=200))
 def test_random_parts_with_a_right_signature_raise_nothing_but_an_auth_error(
     header: bytes, claims: bytes
@@ -345,77 +347,6 @@ def test_random_parts_with_a_right_signature_raise_nothing_but_an_auth_error(
     for token in (forged(claims), forged(GOOD, header)):
         with pytest.raises(AuthError):
             Verifier(SETTINGS).verify(token, NOW)
-
-
-def deaf(verifier: Verifier) -> Verifier:
-    """Return it without anybody to ask about headers that it does not know."""
-    verifier._signatures._jws = jwt.PyJWS(algorithms=[])
-    return verifier
-
-
-@pytest.mark.parametrize("algorithms", [("HS256",), ("HS512", "HS256")])
-def test_a_header_is_judged_once(algorithms: tuple[str, ...]) -> None:
-    """Tokens with the header of an accepted one are verified without parsing it again."""
-    settings = Settings(jwt_secret_key=SECRET * 2, jwt_algorithms=algorithms)
-    verifier = Verifier(settings)
-    for name in algorithms:
-        verifier.verify(jwt.encode(GOOD, SECRET * 2, algorithm=name), NOW)
-    deaf(verifier)
-    for name in algorithms:
-        bob = jwt.encode({**GOOD, "sub": "bob"}, SECRET * 2, algorithm=name)
-        assert "bob" == verifier.verify(bob, NOW).user
-    with pytest.raises(AuthError):
-        verifier.verify(forged(GOOD, {"alg": "HS256", "kid": "x"}, SECRET * 2), NOW)
-
-
-@pytest.mark.parametrize("algorithm", KEYS)
-def test_a_header_is_judged_once_with_public_keys(algorithm: str, tmp_path: Path) -> None:
-    """The same for the other families."""
-    pem = private_pem_of(KEYS[algorithm])
-    verifier = Verifier(with_key(tmp_path, algorithm))
-    verifier.verify(jwt.encode(GOOD, pem, algorithm=algorithm), NOW)
-    bob = jwt.encode({**GOOD, "sub": "bob"}, pem, algorithm=algorithm)
-    assert "bob" == deaf(verifier).verify(bob, NOW).user
-
-
-def test_an_unusual_spelling_is_pyjwts_matter() -> None:
-    """Knowing the header, too: bits that mean nothing are refused, padding is not."""
-    verifier = Verifier(SETTINGS)
-    token = forged(GOOD)
-    verifier.verify(token, NOW)
-    # 32 bytes leave two of its bits unused: the letter after it says the same.
-    alike = token[:-1] + chr(ord(token[-1]) + 1)
-    assert base64.urlsafe_b64decode(token[-43:] + "=") == base64.urlsafe_b64decode(
-        alike[-43:] + "="
-    )
-    with pytest.raises(AuthError):
-        verifier.verify(alike, NOW)
-    assert "ann" == verifier.verify(token + "=", NOW).user
-
-
-def test_headers_of_refused_tokens_are_not_remembered() -> None:
-    """Strangers leave nothing behind, so they cannot fill the memory either."""
-    verifier = Verifier(SETTINGS)
-    for number in range(50):
-        with pytest.raises(AuthError):
-            verifier.verify(forged(GOOD, {"alg": "HS256", "kid": str(number)}, "x" * 32), NOW)
-    assert {} == verifier._signatures._known
-
-
-def test_few_headers_are_remembered_and_the_oldest_goes() -> None:
-    """A back end with ever new headers costs no memory, and its tokens stay good."""
-    verifier = Verifier(SETTINGS)
-    for number in range(50):
-        token = forged(GOOD, {"alg": "HS256", "kid": str(number)})
-        assert "ann" == verifier.verify(token, NOW).user
-        assert min(number + 1, 16) == len(verifier._signatures._known)
-        assert "ann" == verifier.verify(token, NOW).user
-    deaf(verifier)
-    for number in range(34, 50):
-        token = forged(GOOD, {"alg": "HS256", "kid": str(number)})
-        assert "ann" == verifier.verify(token, NOW).user
-    with pytest.raises(AuthError):
-        verifier.verify(forged(GOOD, {"alg": "HS256", "kid": "33"}), NOW)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -1,11 +1,9 @@
 """Fetching keys from a real server: slow, huge, broken, redirecting, gone, and with new keys."""
 
-import contextlib
 import datetime as dt
 import ipaddress
 import json
 import ssl
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
@@ -19,17 +17,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from tests.trioserver.issuer import Answer, Issuer, repeats, response, says
 from tests.trioserver.wire import until
-from trioserver.errors import SettingsError
 from trioserver.jwks import MAX_DOCUMENT, Keyring, NoKey, Pace
-from trioserver.jwks_fetch import FetchError, Target, fetch, keep_fresh
+from trioserver.jwks_fetch import FetchError, fetch, keep_fresh
+from trioserver.jwks_url import Target
 
 LIMIT: Final = 10.0
 """Seconds for whatever should happen at once."""
 SHORT: Final = 0.3
 """A deadline that a test waits for."""
 KEYS = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("old", "new")}
-Answer = Callable[[trio.abc.Stream], Awaitable[None]]
 
 
 def document(*names: str) -> bytes:
@@ -46,85 +44,10 @@ def token(name: str) -> str:
     return jwt.encode({"sub": "ann"}, KEYS[name], algorithm="ES256", headers={"kid": name})
 
 
-def response(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
-    """Return a whole answer."""
-    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers, "", ""]
-    return "\r\n".join(lines).encode() + body
-
-
-def says(*parts: bytes, end: bool = True) -> Answer:
-    """Return an answer of these bytes, and then the end of the stream, or silence."""
-
-    async def answer(stream: trio.abc.Stream) -> None:
-        for part in parts:
-            await stream.send_all(part)
-        if not end:
-            # Until the client has had enough.
-            assert not await stream.receive_some(1)
-
-    return answer
-
-
-def repeats(first: bytes, again: bytes, pause: float = 0.0) -> Answer:
-    """Return an answer without end."""
-
-    async def answer(stream: trio.abc.Stream) -> None:
-        await stream.send_all(first)
-        while True:
-            await stream.send_all(again)
-            with trio.move_on_after(pause):
-                assert not await stream.receive_some(1)
-                return
-
-    return answer
-
-
-@attrs.define(eq=False)
-class Issuer:
-    """A server that answers as it is told, one request per connection."""
-
-    answer: Answer = attrs.field(factory=lambda: says(response(document("old"))))
-    requests: list[bytes] = attrs.field(factory=list)
-    alive: int = 0
-    """Connections that are open."""
-    port: int = 0
-
-    def target(self, path: str = "/keys?x=1", scheme: str = "http") -> Target:
-        """Return where it is."""
-        return Target.parse(f"{scheme}://127.0.0.1:{self.port}{path}")
-
-    async def start(self, nursery: trio.Nursery, context: ssl.SSLContext | None = None) -> None:
-        """Begin to listen, with TLS if there is a context for it."""
-        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        self.port = listener.socket.getsockname()[1]
-        if context is None:
-            nursery.start_soon(trio.serve_listeners, self.serve, [listener])
-        else:
-            secured = [trio.SSLListener(listener, context)]
-            nursery.start_soon(trio.serve_listeners, self.serve, secured)
-
-    async def serve(self, stream: trio.abc.Stream) -> None:
-        """Read one request head and answer it."""
-        self.alive += 1
-        # A client that hangs up in the middle is what half of the tests are about.
-        with contextlib.suppress(trio.BrokenResourceError):
-            head = b""
-            while not head.endswith(b"\r\n\r\n"):
-                data = await stream.receive_some(1 << 16)
-                if not data:
-                    break
-                head += data
-            else:
-                self.requests.append(head)
-                await self.answer(stream)
-        self.alive -= 1
-        await trio.aclose_forcefully(stream)
-
-
 @pytest.fixture
 async def issuer(nursery: trio.Nursery) -> Issuer:
     """A server of keys, without TLS."""
-    made = Issuer()
+    made = Issuer(says(response(document("old"))))
     await made.start(nursery)
     return made
 
@@ -230,7 +153,7 @@ async def test_slow_answers_have_one_deadline(issuer: Issuer, answer: Answer) ->
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Temporary", "308 Permanent"])
 async def test_redirects_lead_nowhere(issuer: Issuer, nursery: trio.Nursery, status: str) -> None:
     """The setting says where the keys are; nobody else is asked."""
-    elsewhere = Issuer()
+    elsewhere = Issuer(says(response(document("old"))))
     await elsewhere.start(nursery)
     location = f"Location: http://127.0.0.1:{elsewhere.port}/keys"
     issuer.answer = says(response(b"", status, location))
@@ -302,7 +225,7 @@ async def test_tls_is_checked(nursery: trio.Nursery, tmp_path: Path) -> None:
         (other, other_path, "mismatch"),
         (expired, expired_path, "expired"),
     ):
-        issuer = Issuer()
+        issuer = Issuer(says(response(document("old"))))
         await issuer.start(nursery, server)
         context = None if trusted is None else ssl.create_default_context(cafile=str(trusted))
         with trio.fail_after(LIMIT):
@@ -335,51 +258,6 @@ async def test_a_tls_handshake_has_the_same_deadline(issuer: Issuer) -> None:
             port = door.getsockname()[1]
             with trio.fail_after(LIMIT), pytest.raises(FetchError, match="the connection broke"):
                 await fetch(Target.parse(f"https://127.0.0.1:{port}/"))
-
-
-@pytest.mark.parametrize(
-    ("url", "expected"),
-    [
-        ("https://a.example/k", ("a.example", 443, False, "/k", "a.example")),
-        ("HTTPS://A.example:8443", ("a.example", 8443, False, "/", "A.example:8443")),
-        ("http://[::1]:80/k?a=b&c", ("::1", 80, True, "/k?a=b&c", "[::1]:80")),
-        ("http://a.example?x", ("a.example", 80, True, "/?x", "a.example")),
-    ],
-)
-def test_a_url_is_a_target(url: str, expected: tuple[str, int, bool, str, str]) -> None:
-    """Host, port, path and what goes into the Host header."""
-    host, port, plain, path, authority = expected
-    assert Target(
-        host=host, port=port, is_plain=plain, path=path, authority=authority
-    ) == Target.parse(url)
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        *(
-            "",
-            "keys",
-            "//a.example/",
-            "ftp://a.example/",
-            "file:///etc/passwd",
-            "https://",
-            "https:/k",
-        ),
-        *("https://a:b@a.example/", "https://@a.example/", "https://a.example/#x", "https://:443/"),
-        *(
-            "https://a.example:0/",
-            "https://a.example:65536/",
-            "https://a.example:x/",
-            "https://[::1/",
-        ),
-        *("https://a.example/a b", "https://a.example/\r\nX: y", "https://b\xfccher.example/"),
-    ],
-)
-def test_what_is_no_url_for_keys_ends_the_start(url: str) -> None:
-    """With the name of the setting and an example."""
-    with pytest.raises(SettingsError, match=r"JWT_JWKS_URL: .*example: https://"):
-        Target.parse(url)
 
 
 @attrs.define(eq=False)
@@ -419,7 +297,7 @@ class Kept:
 @pytest.fixture
 async def kept(nursery: trio.Nursery, autojump_clock: MockClock) -> Kept:
     """A keyring with the pace of the product, and an issuer on the virtual clock."""
-    made = Kept(Scripted(), Keyring(["ES256"], Pace()))
+    made = Kept(Scripted(), Keyring(["ES256"], Pace(), trio.current_time))
     nursery.start_soon(keep_fresh, made.keyring, made.issuer.get, made.issuer.reports.append)
     await wait_all_tasks_blocked()
     return made
@@ -501,7 +379,7 @@ async def test_a_document_that_is_none_is_a_failure(kept: Kept, autojump_clock: 
 
 async def test_rotating_keys_over_the_wire(issuer: Issuer, nursery: trio.Nursery) -> None:
     """A server that changes its keys: the new ones are found, the withdrawn ones are gone."""
-    keyring = Keyring(["ES256"], Pace(refresh=0.3, retry=0.05))
+    keyring = Keyring(["ES256"], Pace(refresh=0.3, retry=0.05), trio.current_time)
     reports: list[str | None] = []
 
     async def get() -> bytes:
