@@ -7,16 +7,17 @@ WebSocket client.
 """
 
 import os
+import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 import click
 
-from trioserver import __version__, cli_publish
+from trioserver import __version__, cli_publish, cli_revoke
 from trioserver.cli_options import (
     as_arguments,
     load_settings,
@@ -27,6 +28,9 @@ from trioserver.cli_options import (
 from trioserver.errors import CommandError, RedisError, SettingsError, TrioserverError
 from trioserver.settings import Settings
 from trioserver.statedir import StateDir
+
+if TYPE_CHECKING:
+    from trioserver.auth import Claims
 
 EXIT_FAILURE: Final = 1
 EXIT_CONFIGURATION: Final = 4
@@ -112,14 +116,15 @@ def status(config_file: Path | None, *, as_json: bool, **flags: str | None) -> N
     reply = ask(StateDir(settings.data_dir).control_socket, "status", 5.0)
     if not isinstance(reply, StatusReply):
         raise CommandError(reply.reason)
-    click.echo(encode(reply).decode() if as_json else _status_text(reply))
+    click.echo(encode(reply).decode() if as_json else _status_text(reply, settings))
     sys.exit(0 if reply.ready else EXIT_FAILURE)
 
 
-def _status_text(reply: Any) -> str:
+def _status_text(reply: Any, settings: Settings) -> str:
     state = "draining" if reply.draining else "ready" if reply.ready else "not ready"
     about = f"pid {reply.pid}, generation {reply.generation}, up {reply.uptime_seconds:.0f} s"
-    lines = [f"{state}: ws://{reply.address}/ws, internal http://{reply.admin_address}, {about}"]
+    where = f"{settings.ws_scheme}://{reply.address}/ws, internal http://{reply.admin_address}"
+    lines = [f"{state}: {where}, {about}"]
     lines.extend(
         f"  {label:<10} pid {one.pid or '-':<8} "
         f"{'ready' if one.ready else one.why or 'not ready':<24}{tail}"
@@ -178,30 +183,66 @@ def _order(op: Any, seconds: float, flags: dict[str, str | None], config_file: P
     metavar="SECONDS",
     help="Until it expires.",
 )
-def gentoken(config_file: Path | None, user: str, ttl: int, **flags: str | None) -> None:
-    """Print a token for a user, made with the server's own secret. For tests and tools."""
+@click.option(
+    "--jti", metavar="J", help="Its own id (claim jti), to revoke it by; else a random one."
+)
+def gentoken(
+    config_file: Path | None, user: str, ttl: int, jti: str | None, **flags: str | None
+) -> None:
+    """Print a token for a user, made with the server's own secret. For tests and tools.
+
+    checktoken says what its jti is.
+    """
     from trioserver.auth import sign  # noqa: PLC0415
 
     settings = with_secrets(load_settings(flags, config_file).settings, create=False)
-    click.echo(sign(settings, user, time.time() + ttl))
+    if jti is None:
+        jti = secrets.token_hex(8)
+    now = time.time()
+    click.echo(sign(settings, user, now + ttl, jti=jti, issued_at=now))
 
 
 @cli.command()
 @with_settings("ws_port", "data_dir", "redis_url", "jwt_secret_key")
 @click.argument("token")
 def checktoken(config_file: Path | None, token: str, **flags: str | None) -> None:
-    """Say whether the server would accept TOKEN (- reads it from standard input)."""
+    """Say whether the server would accept TOKEN (- reads it from standard input).
+
+    Redis is asked whether it is revoked; if it does not answer, the output says "revocations not
+    checked".
+    """
+    import trio  # noqa: PLC0415
+
     from trioserver.auth import Verifier  # noqa: PLC0415
+    from trioserver.key_keeping import keyring_of, look_up  # noqa: PLC0415
 
     settings = with_secrets(load_settings(flags, config_file).settings, create=False)
     if token == "-":  # noqa: S105 - means standard input
         token = sys.stdin.readline().strip()
+    keyring = keyring_of(settings)
+    if keyring is not None and (problem := trio.run(look_up, keyring, settings)):
+        note(f"the issuer's keys cannot be had: {problem}")
     now = time.time()
-    claims = Verifier(settings).verify(token, now)
-    click.echo(f"good: user {claims.user}, expires in {claims.expires_at - now:.0f} s")
+    claims = Verifier(settings, keyring).verify(token, now)
+    unchecked = _refuse_revoked(settings, claims)
+    named = f"jti {claims.jti}, " if claims.jti else ""
+    lasts = f"{named}expires in {claims.expires_at - now:.0f} s"
+    click.echo(f"good: user {claims.user}, {lasts}{unchecked}")
 
 
-for _command in cli_publish.COMMANDS:
+def _refuse_revoked(settings: Settings, claims: "Claims") -> str:
+    """Raise if a token is revoked; return what is to be said if nobody knows."""
+    try:
+        revoked = cli_revoke.is_revoked(settings, claims)
+    except (CommandError, RedisError) as problem:
+        note(f"revocations cannot be read: {problem}")
+        return "; revocations not checked"
+    if revoked:
+        raise CommandError("the token has been revoked")
+    return ""
+
+
+for _command in (*cli_publish.COMMANDS, *cli_revoke.COMMANDS):
     cli.add_command(_command)
 
 
@@ -226,39 +267,55 @@ def listen(
 ) -> None:
     """Connect as a user and print what arrives; reconnects by itself. Ctrl-C ends it.
 
+    With --user its token is renewed for as long as it runs; one that was given ends it by expiring.
+
     What was published while it was away comes first. Without --device all connections without a
     name count as one device: what one of them has received is not kept for the others.
     """
     import trio  # noqa: PLC0415
 
+    from trioserver.certificate import own_server  # noqa: PLC0415
     from trioserver.listen import Listening  # noqa: PLC0415
     from trioserver.listen import listen as run  # noqa: PLC0415
 
     settings = load_settings(flags, config_file).settings
     if url is not None and urlsplit(url).scheme not in {"ws", "wss"}:
         raise click.UsageError("--url begins with ws:// or wss://")
+    if user is not None and token is not None:
+        raise click.UsageError("say either --user U or --token TOKEN")
+    renew = None if user is None else _signer(settings, user)
     listening = Listening(
-        url=url or f"ws://{_local(settings.ws_host)}:{settings.ws_port}/ws",
-        token=_credential(settings, user, token),
+        url=url or f"{settings.ws_scheme}://{_local(settings.ws_host)}:{settings.ws_port}/ws",
+        token=_given(token) if renew is None else renew(),
+        renew=renew,
         device=device or "",
         position=position or "",
         ack=ack,
     )
-    trio.run(run, listening, _show, note)
+    own = None if url or settings.tls_cert is None else own_server(settings.tls_cert)
+    trio.run(run, listening, _show, note, own)
 
 
-def _credential(settings: Settings, user: str | None, token: str | None) -> str:
-    """Return the token to connect with: the one that was given, or one made for ``user``."""
-    from trioserver.auth import sign  # noqa: PLC0415
-
-    if user is not None and token is None:
-        settings = with_secrets(settings, create=False)
-        return sign(settings, user, time.time() + DAY_SECONDS)
-    if token is None or user is not None:
+def _given(token: str | None) -> str:
+    """Return the token that was given."""
+    if token is None:
         raise click.UsageError("say either --user U or --token TOKEN")
     if not (token.isascii() and token.isprintable()):
         raise CommandError("that is no token")
     return token
+
+
+def _signer(settings: Settings, user: str) -> Callable[[], str]:
+    """Return what makes a token for ``user`` that is good for a day from then."""
+    from trioserver.auth import sign  # noqa: PLC0415
+
+    complete = with_secrets(settings, create=False)
+
+    def signed() -> str:
+        now = time.time()
+        return sign(complete, user, now + DAY_SECONDS, issued_at=now)
+
+    return signed
 
 
 def _show(text: str) -> None:

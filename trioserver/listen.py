@@ -3,7 +3,8 @@
 It comes back by itself: at once after a first loss, then with full jitter up to `PAUSE_CAP`
 seconds, or when the server's goodbye asks for. It goes on from the last position that it saw, so
 what was published meanwhile arrives, once. A close code that says "do not come back unchanged" (a
-refused token, say) ends it.
+refused token, say) ends it. Where it can make tokens itself, it shows a new one each time, and when
+the server says that the present one expires.
 
 The WebSocket is trio-websocket's: an independent implementation on the other end.
 """
@@ -60,12 +61,20 @@ class Listening:
     """From where to go on; empty leaves it to the server."""
     ack: bool = False
     """Acknowledge each notification that was shown; those that were not come again."""
+    renew: Callable[[], str] | None = None
+    """Makes another token of the same user; None if there is but the one."""
 
     def address(self) -> str:
         """Return the URL to connect to now."""
         asked = {"device": self.device, "position": self.position, "ack": "1" if self.ack else ""}
         query = urlencode({name: value for name, value in asked.items() if value})
         return f"{self.url}{'&' if '?' in self.url else '?'}{query}" if query else self.url
+
+    def credential(self) -> str:
+        """Return the token to show now."""
+        if self.renew is not None:
+            self.token = self.renew()
+        return self.token
 
     def shown(self, text: str | bytes) -> tuple[bytes, float | None]:
         """Take note of a message that was shown.
@@ -78,6 +87,8 @@ class Listening:
             seen = msgspec.json.decode(text, type=_Seen)
         except (msgspec.MsgspecError, RecursionError, UnicodeError):
             return b"", None
+        if seen.type == "token_expiring" and self.renew is not None:
+            return msgspec.json.encode({"type": "refresh", "token": self.credential()}), None
         if seen.type == "goodbye":
             return b"", seen.reconnect_in_ms / 1000
         self.position = seen.position or self.position
@@ -130,7 +141,7 @@ async def _once(
         async with trio_websocket.open_websocket_url(
             listening.address(),
             tls,
-            extra_headers=[(b"Authorization", b"Bearer " + listening.token.encode())],
+            extra_headers=[(b"Authorization", b"Bearer " + listening.credential().encode())],
             connect_timeout=CONNECT_SECONDS,
             disconnect_timeout=1,
             message_queue_size=256,

@@ -2,33 +2,21 @@
 
 import io
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import attrs
 import pytest
 
 from tests.redis_server import RedisServer, free_port
 from tests.trioserver.ledger_calls import Caller
+from tests.trioserver.terminal import Ran, Run
 from trioserver import ledger
-from trioserver.cli import main
 from trioserver.ledger import Rules
 
 RULES: Final = Rules()
-
-
-@attrs.frozen
-class Ran:
-    """How a command ended."""
-
-    code: object
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
 
 
 @pytest.fixture
@@ -36,28 +24,6 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
     """A Redis of the test's own."""
     with RedisServer(tmp_path / "redis") as server:
         yield server
-
-
-@pytest.fixture
-def run(
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    redis: RedisServer,
-) -> Run:
-    """Run a command as ``trioserver`` would, with the test's Redis."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("REDIS_URL", redis.url)
-    monkeypatch.setenv("DATA_DIR", str(tmp_path / "state"))
-
-    def command(*arguments: str) -> Ran:
-        try:
-            main(arguments)
-        except SystemExit as end:
-            return Ran(end.code, *capfd.readouterr())
-        return Ran(0, *capfd.readouterr())
-
-    return command
 
 
 def kept(redis: RedisServer, user: str | None) -> list[list[bytes]]:
@@ -90,6 +56,55 @@ def test_publish_as_json(run: Run) -> None:
     assert (True, "accepted") == (everyone["all"], everyone["outcome"])
     ephemeral = json.loads(run("publish", "--all", "--ephemeral", "--json", "1").out)
     assert ("ephemeral", 0) == (ephemeral["outcome"], ephemeral["receivers"])
+
+
+def test_publish_too_many(run: Run, redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says how long to wait, and what to say if it is urgent; the command fails."""
+    monkeypatch.setenv("NOTIFICATIONS_PER_MINUTE_PER_USER", "1")
+    line = r"not published: .* too many .* in \d+\.\d s; wait so long, or say --priority"
+    assert 0 == run("publish", "--user", "ann", "1").code
+
+    alone = run("publish", "--user", "ann", "1")
+    both = run("publish", "--user", "ann", "--user", "bob", "1")
+    shown = run("publish", "--user", "ann", "--user", "bob", "--json", "1").out.splitlines()
+
+    assert (1, "") == (alone.code, alone.out)
+    assert re.fullmatch(rf"trioserver: {line}\n", alone.err)
+    assert (1, 1) == (both.code, both.out.count("\n"))
+    assert re.fullmatch(rf"user ann: {line}\n", both.err)
+    ann, _ = map(json.loads, shown)
+    assert ("ann", "limited") == (ann["user"], ann["outcome"])
+    assert 0 < ann["retry_after"] <= 60
+    assert 0 == run("publish", "--user", "ann", "--priority", "1").code
+    assert 0 == run("publish", "--all", "1").code
+    assert (2, 1) == (len(kept(redis, "ann")), len(kept(redis, "bob")))
+
+
+def test_publish_what_does_not_fit(
+    run: Run, redis: RedisServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The refusal says where and what was wanted; kept or not."""
+    schemas = tmp_path / "schemas.json"
+    schemas.write_text('{"order": {"properties": {"n": {"type": "integer"}}}}')
+    monkeypatch.setenv("PAYLOAD_SCHEMAS", str(schemas))
+
+    for more in ((), ("--ephemeral",)):
+        ran = run("publish", "--user", "ann", "--type", "order", *more, '{"n": "hunter2"}')
+        assert (1, "") == (ran.code, ran.out)
+        assert ": /n is not of type integer\n" in ran.err
+        assert "hunter2" not in ran.err
+    assert 0 == run("publish", "--user", "ann", "--type", "order", '{"n": 2}').code
+    assert 1 == len(kept(redis, "ann"))
+
+
+def test_schemas_that_cannot_be_used(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is published without the check that was asked for."""
+    monkeypatch.setenv("PAYLOAD_SCHEMAS", "none.json")
+
+    ran = run("publish", "--user", "ann", "1")
+
+    assert 4 == ran.code
+    assert "PAYLOAD_SCHEMAS" in ran.err
 
 
 def test_publish_to_several(run: Run, redis: RedisServer) -> None:

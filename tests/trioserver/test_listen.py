@@ -1,5 +1,6 @@
 """What the terminal's client remembers from one connection to the next."""
 
+import itertools
 import json
 from typing import Any
 
@@ -53,6 +54,26 @@ def test_acknowledging() -> None:
     assert shown(one, type="update", id="p00-x", state="read", position="1.a.1-2") is None
     assert shown(one, type="connection_established", position="1.a.1-1") is None
     assert shown(one, type="typing", payload={"id": "x", "position": "y"}) is None
+
+
+def test_who_can_make_tokens_refreshes_them() -> None:
+    """Each connection begins with a new one, and so goes on one that is about to expire."""
+    numbers = itertools.count()
+    one = listening(renew=lambda: f"t{next(numbers)}")
+
+    assert "t0" == one.credential()
+    assert {"type": "refresh", "token": "t1"} == shown(one, type="token_expiring", expires_in=30)
+    assert "t1" == one.token
+    assert shown(one, type="token_refreshed", expires_in=86400) is None
+    assert "t2" == one.credential()
+
+
+def test_who_was_given_a_token_has_but_the_one() -> None:
+    """There is nothing to refresh it with."""
+    one = listening()
+
+    assert shown(one, type="token_expiring", expires_in=30) is None
+    assert "t" == one.credential()
 
 
 def test_goodbye() -> None:
