@@ -4,7 +4,7 @@ Redis forgets scripts when it restarts, and says so instead of running them, so 
 to a command that is refused for that reason.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from trioserver import ledger
 from trioserver.errors import RedisRefused
@@ -16,6 +16,7 @@ async def run(
     link: RedisLink,
     commands: Iterable[Command],
     *,
+    loads: Callable[[], Sequence[Command]] = ledger.loads,
     timeout: float = TIMEOUT_SECONDS,  # noqa: ASYNC109 - also the lane's deadline
 ) -> list[Reply | RedisRefused]:
     """Run ``commands``, in order; see `RedisLink.pipeline`.
@@ -24,7 +25,8 @@ async def run(
 
     Args:
         link: To Redis.
-        commands: Of `trioserver.ledger`.
+        commands: Of `trioserver.ledger`, or of whoever has other scripts.
+        loads: Returns the commands that make those scripts known.
         timeout: Seconds for each of the at most three round trips.
 
     Raises:
@@ -38,7 +40,7 @@ async def run(
         if isinstance(reply, RedisRefused) and ledger.is_noscript(str(reply))
     ]
     if missing:
-        await link.pipeline(ledger.loads(), timeout=timeout)
+        await link.pipeline(loads(), timeout=timeout)
         again = await link.pipeline([listed[number] for number in missing], timeout=timeout)
         for number, reply in zip(missing, again, strict=True):
             replies[number] = reply
