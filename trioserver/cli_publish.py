@@ -23,7 +23,7 @@ from trioserver.messages import rfc3339
 from trioserver.setting_kinds import DURATION, Kind, duration
 
 if TYPE_CHECKING:
-    from trioserver.publisher import Options, Publisher, Result
+    from trioserver.publisher import Options, Publisher, RateLimited, Result
 
 EXIT_FAILURE: Final = 1
 
@@ -47,10 +47,15 @@ _duration: Final = written_as(duration(low=0.001))
 _deliver_at: Final = written_as(Kind(parse=_moment))
 
 
-def _publisher(flags: dict[str, str | None], config_file: Path | None) -> "Publisher":
+def _publisher(
+    flags: dict[str, str | None], config_file: Path | None, *, publishing: bool = False
+) -> "Publisher":
     from trioserver.publisher import Publisher  # noqa: PLC0415
 
     settings = load_settings(flags, config_file).settings
+    if not publishing:
+        # To look at something, or to withdraw it, nobody needs to read schemas.
+        settings = attrs.evolve(settings, payload_schemas=None)
     return Publisher(where_is_redis(settings), settings=settings)
 
 
@@ -79,6 +84,9 @@ def _publisher(flags: dict[str, str | None], config_file: Path | None) -> "Publi
     metavar="TIME",
     help='Write an event "undelivered" if no device has it by then.',
 )
+@click.option(
+    "--priority", is_flag=True, help="Also if the user has got as many as may be in a minute."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per user.")
 @click.argument("payload", metavar="PAYLOAD_JSON")
 def publish(  # noqa: PLR0913 - its options
@@ -94,6 +102,7 @@ def publish(  # noqa: PLR0913 - its options
     fallback_after: float | None,
     everyone: bool,
     ephemeral: bool,
+    priority: bool,
     as_json: bool,
     **flags: str | None,
 ) -> None:
@@ -118,10 +127,11 @@ def publish(  # noqa: PLR0913 - its options
         "collapse_key": collapse_key,
         "deliver_at": deliver_at,
         "fallback_after": fallback_after,
+        "priority": priority,
     }
     # A surrogate stands for bytes that are no text; they are refused as such.
     data = payload.encode(errors="surrogateescape") if payload != "-" else sys.stdin.buffer.read()
-    with _publisher(flags, config_file) as publisher:
+    with _publisher(flags, config_file, publishing=True) as publisher:
         _publish(publisher, data, users, options, as_json=as_json)
 
 
@@ -134,7 +144,11 @@ def _publish(
     as_json: bool,
 ) -> None:
     """Publish and print; exits with a failure if somebody was refused."""
-    from trioserver.publisher import PublishInterrupted, PublishRefused  # noqa: PLC0415
+    from trioserver.publisher import (  # noqa: PLC0415
+        PublishInterrupted,
+        PublishRefused,
+        RateLimited,
+    )
 
     interrupted: PublishInterrupted | None = None
     results: Sequence[Result]
@@ -145,6 +159,8 @@ def _publish(
             results = [publisher.publish(data, user=users[0], **options)]
         else:
             results = [publisher.publish(data, everyone=True, **options)]
+    except RateLimited as limited:
+        raise CommandError(f"not published: {_limit_text(limited)}") from None
     except PublishRefused as refusal:
         raise CommandError(f"this cannot be published: {refusal}") from None
     except PublishInterrupted as problem:
@@ -164,8 +180,10 @@ def _publish(
 
 
 def _line(result: "Result", due: object) -> str:
-    from trioserver.publisher import Ephemeral  # noqa: PLC0415
+    from trioserver.publisher import Ephemeral, RateLimited  # noqa: PLC0415
 
+    if isinstance(result, RateLimited):
+        return f"not published: {_limit_text(result)}"
     if isinstance(result, Exception):
         return f"not published: {result}"
     if isinstance(result, Ephemeral):
@@ -178,8 +196,21 @@ def _line(result: "Result", due: object) -> str:
     return f"{result.outcome}: {result.id}, seq {result.seq}, position {result.position}"
 
 
+def _limit_text(limited: "RateLimited") -> str:
+    return f"{limited}; wait so long, or say --priority"
+
+
 def _fields(user: str | None, result: "Result") -> dict[str, object]:
+    from trioserver.publisher import RateLimited  # noqa: PLC0415
+
     whom = {"all": True} if user is None else {"user": user}
+    if isinstance(result, RateLimited):
+        return {
+            **whom,
+            "outcome": "limited",
+            "error": str(result),
+            "retry_after": result.retry_after,
+        }
     if isinstance(result, Exception):
         return {**whom, "outcome": "refused", "error": str(result)}
     return {**whom, **msgspec.structs.asdict(result)}

@@ -10,7 +10,8 @@ write its keys. Here is how a script is called: a function per script returns th
 
 Redis may not know the scripts (it forgets them when it restarts): then it answers with an error
 that `is_noscript` recognises, nothing has happened, and `loads` says what to send first. Other
-errors of the scripts begin with `BAD_REQUEST` or `REUSED_KEY` and had no effect either.
+errors of the scripts begin with `BAD_REQUEST`, `REUSED_KEY` or `RATE_LIMITED` and had no effect
+either.
 
 All keys of one user lie in one slot of a cluster, because their names begin with the user's
 partition in braces. A script is told one key and makes the others from it.
@@ -44,6 +45,8 @@ BAD_REQUEST: Final = "BADREQUEST "
 """Begins the error for what cannot be done as asked; the rest is for a person."""
 REUSED_KEY: Final = "IDEMPOTENCY "
 """Begins the error for an idempotency key that was used for something else."""
+RATE_LIMITED: Final = "RATELIMITED "
+"""Begins the error for one more than a user may get per minute; the rest says how long to wait."""
 
 DAY_MS: Final = 86_400_000
 MIN_TTL_MS: Final = 1000
@@ -73,6 +76,9 @@ class Rules:
     max_payload: int = 10_240
     """Bytes."""
     idempotency_ttl_ms: int = 300_000
+    rate: int = 0
+    """Notifications to one user per minute, all of a minute's worth at once; 0 is no limit. What
+    has priority, what is for everyone, and what was there already is not counted."""
 
     @classmethod
     def of(cls, settings: Settings) -> "Rules":
@@ -82,6 +88,7 @@ class Rules:
             events_max_length=settings.events_max_length,
             max_payload=settings.notification_max_size,
             idempotency_ttl_ms=round(settings.idempotency_ttl * 1000),
+            rate=settings.notifications_per_minute_per_user,
         )
 
 
@@ -221,6 +228,8 @@ class Notification:
     traceparent: str | None = None
     channel: str | None = None
     """Where to announce it; None is where the user's worker is known to listen."""
+    priority: bool = False
+    """Whether it comes through when the user has got all that `Rules.rate` allows."""
 
 
 class Accepted(msgspec.Struct, frozen=True, gc=False):
@@ -252,6 +261,8 @@ def publish(notification: Notification, *, rules: Rules) -> Command:
         ("fallback_after", one.fallback_after_ms),
         ("traceparent", one.traceparent),
         ("channel", one.channel),
+        ("rate", rules.rate or None),
+        ("priority", 1 if one.priority else None),
     )
     for name, value in optional:
         if value is not None:
@@ -266,6 +277,18 @@ def accepted(reply: object) -> Accepted:
     if position:
         position = join("", position) if name.startswith(b"all-") else join(position, "")
     return Accepted(name.decode(), position, seq, outcome.decode())
+
+
+def wait_of(error: str) -> float | None:
+    """Return after how many seconds one more would be taken; None if this error says no such thing.
+
+    Args:
+        error: The text of an error reply to `publish`.
+    """
+    if not error.startswith(RATE_LIMITED):
+        return None
+    milliseconds = error.removeprefix(RATE_LIMITED).partition(" ")[0]
+    return int(milliseconds) / 1000 if milliseconds.isdecimal() else 1.0
 
 
 # ---- read

@@ -96,7 +96,7 @@ def _bout(
     while not select.select([sys.stdin], [], [], max(0.0, due - time.monotonic()))[0]:
         # Rounds that were missed are not made up for.
         due = max(due + interval, time.monotonic() - interval)
-        results = publisher.publish({"n": 0}, users=users)
+        results = publisher.publish({"n": 0}, users=users, priority=True)
         for user, result in zip(users, results, strict=True):
             assert isinstance(result, Accepted), result
             accepted[user].append((result.seq, result.id))

@@ -231,7 +231,8 @@ def say(
         if user == EVERYONE:
             told = publisher.publish(payload, everyone=True, idempotency_key=key)
         else:
-            told = publisher.publish(payload, user=user, idempotency_key=key)
+            # Many to few users: without priority most would be too many for a minute.
+            told = publisher.publish(payload, user=user, idempotency_key=key, priority=True)
     except _NOT_ACCEPTED as error:
         return _not_accepted(error)
     return accepted(told)
@@ -245,7 +246,9 @@ async def say_async(
         if user == EVERYONE:
             told = await publisher.publish({"n": number}, everyone=True, idempotency_key=key)
         else:
-            told = await publisher.publish({"n": number}, user=user, idempotency_key=key)
+            told = await publisher.publish(
+                {"n": number}, user=user, idempotency_key=key, priority=True
+            )
     except _NOT_ACCEPTED as error:
         return _not_accepted(error)
     return accepted(told)

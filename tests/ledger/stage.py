@@ -202,6 +202,9 @@ def stage(
                 "REDIS_URL": f"redis://127.0.0.1:{thread.proxy.port if proxied else redis.port}/0",
                 "API_KEYS": API_KEY,
                 "DRAIN_SECONDS": "3s",
+                # Few users get much here, and whole herds come back at once.
+                "NOTIFICATIONS_PER_MINUTE_PER_USER": "0",
+                "HANDSHAKES_PER_SECOND": "0",
                 **(environ or {}),
             },
         ) as server,

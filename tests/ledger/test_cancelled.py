@@ -15,9 +15,8 @@ from trioserver import ledger, scripting
 from trioserver.endpoint import Endpoint
 from trioserver.ledger import Command, Notification, Rules
 from trioserver.redis_link import RedisLink, open_link
-from trioserver.settings import Settings
 
-RULES: Final = Rules.of(Settings(data_dir=Path("/")))
+RULES: Final = Rules()
 USERS: Final = 40
 DEVICE: Final = "phone"
 LATENCY_SECONDS: Final = 0.025

@@ -155,6 +155,7 @@ class Comparison:
         assert history.seq == int(meta["seq"])
         assert show(history.last) == meta["last"]
         assert history.unread == int(meta["unread"])
+        assert history.even == int(meta.get("pace", 0))
 
     def _compare_records(self, history: History) -> None:
         """Each device is as far as the model says; no more devices are known than may be."""

@@ -29,6 +29,10 @@ Owner = str | None
 START: Final[Place] = (0, 0)
 PER_SEQ: Final = 4096
 IDS_PER_UPDATE: Final = 64
+MINUTE: Final = 60_000_000
+"""In microseconds."""
+FORGIVEN: Final = 2 * MINUTE
+"""Who seems to owe more than that owes nothing: it was written by another clock."""
 MAX_DEVICES: Final = 32
 RANK: Final = {"accepted": 0, "sent": 1, "received": 2, "acked": 3, "read": 4}
 OVER: Final = frozenset({"read", "expired", "cancelled"})
@@ -39,6 +43,11 @@ def place_of(text: str) -> Place:
     """Return the place that a stream id or a point says."""
     milliseconds, number = text.rpartition(".")[2].split("-")
     return int(milliseconds), int(number)
+
+
+def cost_of_one(rate: int) -> int:
+    """Return for how long (µs) one notification is made up for, at so many per minute."""
+    return max(1, MINUTE // rate)
 
 
 def show(at: Place) -> str:
@@ -130,6 +139,8 @@ class History:
     """The epoch begins behind this seq."""
     last: Place = START
     trimmed: int = 0
+    even: int = 0
+    """When (µs) a whole minute's worth may be published again; 0 if that was never limited."""
     channel: str = ""
     received: Place | None = None
     """Up to where some device has received everything; None before the first."""
@@ -177,6 +188,7 @@ class History:
         if not self.remembers:
             self.seq, self.last = 0, START
         self.channel = ""
+        self.even = 0
         self.received = None
         self.newest = None
         there = [entry for entry in self.box if isinstance(entry, Note)]
@@ -185,6 +197,17 @@ class History:
         self.trimmed = 0
         self.undone = {}
         self.timeline = {START, self.last, *(entry.place for entry in self.box)}
+
+    def wait(self, rate: int, now: int) -> int:
+        """Return for how long (µs) one more at ``now`` is too much; 0 if it is taken.
+
+        Each one is to be made up for, which takes its part of a minute. Nobody owes more than a
+        minute, unless the clock has gone back; if it was by more than a minute, that is forgiven.
+        """
+        owed = max(0, self.even - now)
+        if owed > FORGIVEN:
+            owed = 0
+        return max(0, owed + cost_of_one(rate) - MINUTE)
 
     def post(self, note: Note, room: int, now: int) -> None:
         """Put ``note`` into the history, which then has at most ``room`` entries."""

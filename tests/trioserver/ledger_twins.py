@@ -18,6 +18,7 @@ from tests.trioserver.ledger_calls import Caller, Ears
 from tests.trioserver.ledger_comparison import DAY, Comparison, home, owned, usual_channel
 from tests.trioserver.ledger_keys import Copy, Look, age
 from tests.trioserver.ledger_promises import (
+    FORGIVEN,
     IDS_PER_UPDATE,
     MAX_DEVICES,
     START,
@@ -26,6 +27,7 @@ from tests.trioserver.ledger_promises import (
     Owner,
     Place,
     World,
+    cost_of_one,
     place_of,
     seq_of,
     show,
@@ -142,23 +144,39 @@ class Twins:
             **given,  # type: ignore[arg-type] # as the fields are declared
         )
 
-    def publish(self, note: Note, *, repeat: str | None = None, room: int = 5) -> None:
-        """Publish, perhaps with an idempotency key that was used before."""
+    def publish(
+        self,
+        note: Note,
+        *,
+        repeat: str | None = None,
+        room: int = 5,
+        rate: int = 0,
+        priority: bool = False,
+    ) -> None:
+        """Publish, perhaps with an idempotency key that was used before, perhaps too much."""
         history = self.history(note.owner)
-        command = _publishing(note, repeat, room)
-        before = self.caller.now()
+        command = _publishing(note, repeat, room, rate=rate, priority=priority)
+        counted = 0 if priority or note.owner is None or repeat in history.repeatable else rate
+        before, began = self.caller.now(), self._micros()
         first = history.repeatable.get(repeat or "")
         if first is not None and first[0] != _fingerprint(note):
             with pytest.raises(RuntimeError, match=f"^{ledger.REUSED_KEY}"):
                 self.caller.run(command)
             self.compare(before)
             return
-        answer = ledger.accepted(self.caller.run(command))
+        try:
+            answer = ledger.accepted(self.caller.run(command))
+        except RuntimeError as refusal:
+            self._check_wait(history, counted, began, str(refusal))
+            self.compare(before)
+            return
         if first is not None:
             assert msgspec.structs.replace(first[1], outcome="duplicate") == answer
             self.compare(before)
             return
         history.open()
+        if counted:
+            self._count(history, counted, began)
         self.world.notes[note.id] = note
         if repeat:
             history.repeatable[repeat] = (_fingerprint(note), answer)
@@ -172,7 +190,7 @@ class Twins:
         """Publish what was published, with its id: the outcome was not heard."""
         before = self.caller.now()
         self.history(note.owner).open()
-        answer = ledger.accepted(self.caller.run(_publishing(note, None, 4)))
+        answer = ledger.accepted(self.caller.run(_publishing(note, None, 4, rate=1)))
         assert (note.id, "duplicate", note.seq) == (answer.id, answer.outcome, answer.seq)
         assert _last_place(answer.position) == (show(note.place) if note.seq else "")
         self.compare(before)
@@ -206,6 +224,29 @@ class Twins:
         command = ledger.cancel(owner, note.id, rules=_rules(4))
         assert expected == ledger.cancelled(self.caller.run(command))
         self.compare(before)
+
+    def _check_wait(self, history: History, rate: int, began: int, refusal: str) -> None:
+        """One more was refused: it was one too many, and the answer says for how long it is."""
+        assert rate
+        assert refusal.startswith(ledger.RATE_LIMITED)
+        told = int(refusal.split()[1])
+        least = history.wait(rate, self._micros()) / 1000
+        assert max(1, least) <= told <= history.wait(rate, began) / 1000 + 1
+
+    def _count(self, history: History, rate: int, began: int) -> None:
+        """One more was accepted: it was none too many; learn when it is made up for."""
+        latest = self._micros()
+        assert 0 == history.wait(rate, latest)
+        even = int(self.caller.ask("HGET", ledger.key("meta", history.owner), "pace"))
+        owed = history.even if history.even <= latest + FORGIVEN else 0
+        cost = cost_of_one(rate)
+        assert max(owed, began) + cost <= even <= max(owed, latest) + cost
+        history.even = even
+
+    def _micros(self) -> int:
+        """Return Redis's own time in µs: in a ms two notifications may have been published."""
+        seconds, micros = self.caller.ask("TIME")
+        return int(seconds) * 1_000_000 + int(micros)
 
     def _accept(self, note: Note, room: int, before: int) -> None:
         life = self.caller.ask("HGET", ledger.notification_key(note.id) or "", "expires")
@@ -392,6 +433,15 @@ class Twins:
 
     # --- time ------------------------------------------------------------------------------------
 
+    def rest(self, user: str, seconds: int) -> None:
+        """Let so much time pass in which nothing is published to a user."""
+        history = self.history(user)
+        before = self.caller.now()
+        if history.even:
+            history.even -= seconds * 1_000_000
+            self.caller.ask("HSET", ledger.key("meta", user), "pace", history.even)
+        self.compare(before)
+
     def age(self, note: Note) -> None:
         """Let a notification that is there have expired, and what ends with it."""
         if note.expires < self.soon:
@@ -489,6 +539,9 @@ class Twins:
         history.newest = None
         self.caller.ask("XSETID", ledger.key("inbox", owner), show(history.last))
         self.caller.ask("HSET", ledger.key("meta", owner), "last", show(history.last))
+        if history.even:
+            history.even += SKEW * 1000
+            self.caller.ask("HSET", ledger.key("meta", owner), "pace", history.even)
         self.compare(before)
 
     def flush(self) -> None:
@@ -562,11 +615,13 @@ class Twins:
                 points.append(point)
 
 
-def _rules(room: int) -> Rules:
-    return Rules(max_length=room, events_max_length=ENOUGH)
+def _rules(room: int, rate: int = 0) -> Rules:
+    return Rules(max_length=room, events_max_length=ENOUGH, rate=rate)
 
 
-def _publishing(note: Note, repeat: str | None, room: int) -> ledger.Command:
+def _publishing(
+    note: Note, repeat: str | None, room: int, *, rate: int = 0, priority: bool = False
+) -> ledger.Command:
     notification = Notification(
         user=note.owner,
         payload=note.payload,
@@ -578,8 +633,9 @@ def _publishing(note: Note, repeat: str | None, room: int) -> ledger.Command:
         deliver_at_ms=note.deliver_at or None,
         fallback_after_ms=note.fallback_after or None,
         traceparent=note.traceparent,
+        priority=priority,
     )
-    return ledger.publish(notification, rules=_rules(room))
+    return ledger.publish(notification, rules=_rules(room, rate))
 
 
 def _fingerprint(note: Note) -> bytes:

@@ -121,7 +121,7 @@ def test_the_scripts_are_part_of_the_package() -> None:
     folder = resources.files("trioserver") / "lua"
 
     files = {entry.name for entry in folder.iterdir()}
-    assert files == {"lib.lua", *(f"{name}.lua" for name in SCRIPTS)}
+    assert {"lib.lua", *(f"{name}.lua" for name in SCRIPTS)} <= files
 
 
 def test_a_script_is_the_library_and_its_file() -> None:
@@ -212,12 +212,26 @@ def test_reserved_types_are_the_same_in_both_languages() -> None:
 def test_the_rules_are_those_of_the_settings() -> None:
     """Limits come from the settings, durations as milliseconds."""
     settings = Settings(
-        inbox_max_length=5, events_max_length=6, notification_max_size=7, idempotency_ttl=1.5
+        inbox_max_length=5,
+        events_max_length=6,
+        notification_max_size=7,
+        idempotency_ttl=1.5,
+        notifications_per_minute_per_user=8,
     )
 
     rules = Rules.of(settings)
 
-    assert rules == Rules(max_length=5, events_max_length=6, max_payload=7, idempotency_ttl_ms=1500)
+    assert rules == Rules(
+        max_length=5, events_max_length=6, max_payload=7, idempotency_ttl_ms=1500, rate=8
+    )
+
+
+def test_a_rate_is_said_if_there_is_one() -> None:
+    """The script limits nothing by itself."""
+    one = Notification(user="ann", payload=b"1", ttl_ms=5, id="i")
+
+    assert 50 == named(ledger.publish(one, rules=Rules(rate=50)))["rate"]
+    assert {"rate", "priority"}.isdisjoint(named(ledger.publish(one, rules=Rules())))
 
 
 def test_a_publish_says_what_is_set() -> None:
@@ -240,6 +254,21 @@ def test_a_publish_says_what_is_set() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("error", "seconds"),
+    [
+        ("RATELIMITED 1200", 1.2),
+        ("RATELIMITED 1 and more", 0.001),
+        ("RATELIMITED soon", 1.0),
+        ("BADREQUEST RATELIMITED 1", None),
+        ("OOM", None),
+    ],
+)
+def test_a_refusal_for_now_says_how_long(error: str, seconds: float | None) -> None:
+    """The wait is in seconds; other errors have none."""
+    assert seconds == ledger.wait_of(error)
+
+
 def test_a_publish_with_everything() -> None:
     """Each option has its argument."""
     one = Notification(
@@ -254,6 +283,7 @@ def test_a_publish_with_everything() -> None:
         fallback_after_ms=2,
         traceparent="00",
         channel="x",
+        priority=True,
     )
 
     command = ledger.publish(one, rules=RULES)
@@ -268,6 +298,7 @@ def test_a_publish_with_everything() -> None:
             "fallback_after": 2,
             "traceparent": "00",
             "channel": "x",
+            "priority": 1,
             "type": "t",
         }.items()
     )

@@ -35,6 +35,7 @@ from trioserver.ledger import DAY_MS, Rules
         *(("collapse_key", ""), ("collapse_key", "x" * 129), ("fallback_after", 0)),
         *(("fallback_after", 31 * DAY_MS), ("deliver_at", 99_999_999_999_999)),
         *(("deliver_at", "now"), ("max", 0), ("events", "-1"), ("max_size", "big")),
+        *(("rate", "-1"), ("rate", "many"), ("rate", 10**10), ("priority", 2), ("priority", "yes")),
         *(("user", "bob"), ("ID", "x")),
     ],
 )

@@ -24,6 +24,7 @@ SOME_OWNER: Final = st.sampled_from([*USERS[:1] * 3, *USERS[1:2] * 2, USERS[2], 
 SOME_DEVICE: Final = st.sampled_from(DEVICES)
 SOME_ROOM: Final = st.sampled_from([1, 2, 3, 3, 4, 5, 6, 100])
 RARELY: Final = st.sampled_from([False, False, False, True])
+SOME_RATE: Final = st.sampled_from([0, 0, 0, 1, 2, 3, 1000])
 
 ACCIDENTS: Final[dict[str, Callable[[Twins, Owner], None]]] = {
     "all have expired long ago": lambda twins, owner: twins.vanish(owner, evicted=False),
@@ -70,6 +71,8 @@ class AnyHistory(RuleBasedStateMachine):
         later=st.sampled_from([0, 0, 0, 0, FAR]),
         fallback=st.sampled_from([0, 0, FAR]),
         room=SOME_ROOM,
+        rate=SOME_RATE,
+        priority=RARELY,
     )
     def publish(
         self,
@@ -84,8 +87,10 @@ class AnyHistory(RuleBasedStateMachine):
         later: int,
         fallback: int,
         room: int,
+        rate: int,
+        priority: bool,
     ) -> None:
-        """Publish something, perhaps once more, perhaps for later."""
+        """Publish something, perhaps once more, perhaps for later, perhaps too much."""
         note = self.twins.note(
             owner,
             payload=payload,
@@ -96,18 +101,22 @@ class AnyHistory(RuleBasedStateMachine):
             fallback_after=fallback,
             later=later,
         )
-        self.twins.publish(note, repeat=repeat, room=room)
+        self.twins.publish(note, repeat=repeat, room=room, rate=rate, priority=priority)
 
     @rule(
         owner=SOME_OWNER,
         count=st.integers(2, 5),
         fallback=st.sampled_from([0, FAR]),
         room=SOME_ROOM,
+        rate=SOME_RATE,
     )
-    def publish_many(self, *, owner: Owner, count: int, fallback: int, room: int) -> None:
-        """Publish more than there may be room for."""
+    def publish_many(
+        self, *, owner: Owner, count: int, fallback: int, room: int, rate: int
+    ) -> None:
+        """Publish more than there may be room for, or than may be published in a minute."""
         for _ in range(count):
-            self.twins.publish(self.twins.note(owner, fallback_after=fallback), room=room)
+            note = self.twins.note(owner, fallback_after=fallback)
+            self.twins.publish(note, room=room, rate=rate)
 
     @precondition(lambda self: self.twins.world.notes)
     @rule(data=st.data())
@@ -291,6 +300,11 @@ class AnyHistory(RuleBasedStateMachine):
         self.twins.listen()
 
     # --- time and accidents ----------------------------------------------------------------------
+
+    @rule(user=SOME_USER, seconds=st.sampled_from([1, 20, 30, 60]))
+    def rest(self, *, user: str, seconds: int) -> None:
+        """For a while nobody publishes to a user."""
+        self.twins.rest(user, seconds)
 
     @precondition(lambda self: self.unexpired())
     @rule(data=st.data(), count=st.integers(1, 3))

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
+import attrs
 import msgspec
 import pytest
 import trio
@@ -27,9 +28,11 @@ from trioserver.publisher import (
     AsyncioPublisher,
     Ephemeral,
     IdempotencyConflict,
+    PayloadMisfit,
     Publisher,
     PublishInterrupted,
     PublishRefused,
+    RateLimited,
     TrioPublisher,
 )
 from trioserver.publisher.asking import BATCH_COMMANDS, Asking
@@ -39,6 +42,7 @@ from trioserver.redis_link import open_link
 from trioserver.settings import Settings
 
 LIMIT: Final = 30.0
+DEFAULTS: Final = Settings(data_dir=Path("/"))
 
 Open = Callable[..., Front]
 
@@ -563,20 +567,121 @@ def test_asyncio_publisher_as_a_context(redis: RedisServer) -> None:
 def test_threads_share_a_publisher(publisher: Publisher, redis: RedisServer) -> None:
     """Any number of threads publish at once, and each gets its own answer."""
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda n: publisher.publish(n, user="ann"), range(200)))
+        results = list(
+            pool.map(lambda n: publisher.publish(n, user="ann", priority=True), range(200))
+        )
 
     assert list(range(1, 201)) == sorted(one.seq for one in results)
     by_id = {kept[b"i"].decode(): int(kept[b"p"]) for kept in inbox(redis, "ann")}
     assert list(range(200)) == [by_id[one.id] for one in results]
 
 
+# Too many, and what does not fit
+
+
+def test_too_many_for_a_minute(open_front: Open, redis: RedisServer) -> None:
+    """It is refused, not repeated, and told for how long; priority and everyone are not counted."""
+    front = open_front(
+        redis.url, settings=attrs.evolve(DEFAULTS, notifications_per_minute_per_user=1)
+    )
+    front.publish(1, user="ann")
+    redis.command("CONFIG", "RESETSTAT")
+
+    with pytest.raises(RateLimited, match="too many notifications") as caught:
+        front.publish(1, user="ann")
+    assert 0 < caught.value.retry_after <= 60
+    assert 1 == calls(redis)
+    assert "accepted" == front.publish(1, user="ann", priority=True).outcome
+    ann, bob = front.publish(1, users=["ann", "bob"])
+    assert isinstance(ann, RateLimited)
+    assert "accepted" == bob.outcome
+    for _ in range(2):
+        assert "accepted" == front.publish(1, everyone=True).outcome
+        assert "ephemeral" == front.publish(1, user="ann", ttl=0).outcome
+
+
+def test_how_many_if_nobody_says(publisher: Publisher) -> None:
+    """Fifty at once are taken, and a few more for the time that this takes."""
+    began, count = time.monotonic(), 0
+
+    def publish_all() -> None:
+        nonlocal count
+        while count < 1000:
+            publisher.publish(1, user="ann")
+            count += 1
+
+    with pytest.raises(RateLimited):
+        publish_all()
+    assert 50 <= count <= 51 + (time.monotonic() - began) * 50 / 60
+
+
+def calls(redis: RedisServer) -> int:
+    """Return how many scripts were run since the statistics were reset."""
+    info = redis.command("INFO", "commandstats")
+    assert isinstance(info, bytes)
+    [line] = [line for line in info.splitlines() if line.startswith(b"cmdstat_evalsha:")]
+    return int(line.partition(b"calls=")[2].partition(b",")[0])
+
+
+@pytest.mark.parametrize("rate", [0, 2])
+def test_the_settings_say_how_many(open_front: Open, redis: RedisServer, rate: int) -> None:
+    """As many as the server's settings allow; 0 is no limit."""
+    settings = attrs.evolve(DEFAULTS, notifications_per_minute_per_user=rate)
+    front = open_front(redis.url, settings=settings)
+    many = rate or 60
+
+    for _ in range(many):
+        front.publish(1, user="ann")
+
+    if rate:
+        with pytest.raises(RateLimited):
+            front.publish(1, user="ann")
+    assert many == len(inbox(redis, "ann"))
+
+
+def test_a_repetition_is_not_too_many(open_front: Open, redis: RedisServer) -> None:
+    """Who asks again with the same key gets the first answer, also when the minute is used up."""
+    settings = attrs.evolve(DEFAULTS, notifications_per_minute_per_user=1)
+    front = open_front(redis.url, settings=settings)
+    first = front.publish(1, user="ann", idempotency_key="k")
+
+    again = front.publish(1, user="ann", idempotency_key="k")
+
+    assert (first.id, "duplicate") == (again.id, again.outcome)
+
+
+def test_what_does_not_fit_its_schema(open_front: Open, redis: RedisServer, tmp_path: Path) -> None:
+    """It is refused before anything is sent, ephemeral or not; other types are not checked."""
+    schemas = tmp_path / "schemas.json"
+    schemas.write_text('{"order": {"properties": {"n": {"type": "integer"}}}}')
+    front = open_front(redis.url, settings=attrs.evolve(DEFAULTS, payload_schemas=schemas))
+    schemas.write_text("{}")  # it is read once
+
+    for options in ({"user": "ann"}, {"users": ["ann", "bob"]}, {"everyone": True, "ttl": 0}):
+        with pytest.raises(PayloadMisfit, match='schema of "order": /n is not of') as caught:
+            front.publish({"n": "x"}, type="order", **options)
+        assert ("/n", "is not of type integer") == (caught.value.path, caught.value.reason)
+    assert "accepted" == front.publish({"n": 1}, user="ann", type="order").outcome
+    assert "accepted" == front.publish({"n": "x"}, user="ann").outcome
+    assert 2 == len(inbox(redis, "ann"))
+
+
+def test_schemas_that_cannot_be_used(open_front: Open, redis: RedisServer, tmp_path: Path) -> None:
+    """There is no publisher with half of its settings."""
+    settings = attrs.evolve(DEFAULTS, payload_schemas=tmp_path / "none.json")
+
+    with pytest.raises(SettingsError, match="PAYLOAD_SCHEMAS"):
+        open_front(redis.url, settings=settings)
+
+
 def test_a_back_end_gets_no_trio() -> None:
-    """Importing it leaves asyncio alone, which trio-asyncio does not, and needs no logs."""
+    """Importing it leaves asyncio alone, which trio-asyncio does not, and brings nothing dear."""
     code = (
         "import asyncio, sys; before = asyncio.new_event_loop, asyncio.get_running_loop\n"
         "import trioserver.publisher\n"
         "assert before == (asyncio.new_event_loop, asyncio.get_running_loop)\n"
-        "print(*sorted({'trio', 'trio_asyncio', 'structlog', 'click'} & set(sys.modules)))"
+        "dear = {'trio', 'trio_asyncio', 'structlog', 'click', 'jsonschema'}\n"
+        "print(*sorted(dear & set(sys.modules)))"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, timeout=LIMIT, text=True

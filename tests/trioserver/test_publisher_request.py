@@ -165,6 +165,14 @@ def test_what_keeps_nothing_needs_no_memory() -> None:
             made(ttl=0, **{name: value})
 
 
+@pytest.mark.parametrize("value", [None, 1, "yes"])
+def test_priority_is_true_or_false(value: Any) -> None:
+    """What only looks like a yes is none."""
+    assert (False, True) == (made().priority, made(priority=True).priority)
+    with pytest.raises(PublishRefused, match=r"^priority is True or False"):
+        made(priority=value)
+
+
 def test_a_misspelt_option_is_refused() -> None:
     """It would change silently what becomes of the notification."""
     with pytest.raises(PublishRefused, match="there is no option tll"):

@@ -178,7 +178,8 @@ end
 
 -- Fills a box with what meta says; false if that is not there or makes no sense.
 function ledger.load(box)
-  local got = call('HMGET', box.meta, 'v', 'epoch', 'seq', 'last', 'unread', 'channel', 'ends')
+  local got = call('HMGET', box.meta, 'v', 'epoch', 'seq', 'last', 'unread', 'channel', 'ends',
+    'pace')
   local ms, n = ledger.place(got[4])
   local epoch, seq, unread = got[2], ledger.whole(got[3]), ledger.whole(got[5])
   if got[1] ~= '1' or not ms or not unread or seq ~= ledger.seq_of(n) then return false end
@@ -186,6 +187,7 @@ function ledger.load(box)
   box.epoch, box.seq, box.last, box.ms, box.n, box.unread = epoch, seq, got[4], ms, n, unread
   box.channel = got[6] or nil
   box.ends = ledger.whole(got[7]) or 0
+  box.pace = got[8] or nil
   return true
 end
 
@@ -267,6 +269,7 @@ function ledger.renew(box, nonce)
   box.base = box.base > 0 and tostring(box.base) or nil
   if box.base then ledger.change(box, 'base', box.base) end
   if box.channel then ledger.change(box, 'channel', box.channel) end
+  if box.pace then ledger.change(box, 'pace', box.pace) end
 end
 
 -- Whether the key is the one that everybody uses for this user: who gets it wrong would publish to

@@ -2,9 +2,10 @@
 --
 -- KEYS[1]  ts:{<partition>}:meta:<user>
 -- ARGV     id, payload, [type, ttl, channel, idempotency_key, idempotency_ttl, collapse_key,
---          deliver_at, fallback_after, max, events, max_size, traceparent]; times in ms
+--          deliver_at, fallback_after, max, events, max_size, traceparent, rate, priority];
+--          times in ms
 -- Reply    {id, point, seq, outcome}; outcome accepted | duplicate | scheduled (no point, seq 0)
--- Errors   BADREQUEST, IDEMPOTENCY: nothing has happened
+-- Errors   BADREQUEST, IDEMPOTENCY, RATELIMITED <ms until it would be taken>: nothing has happened
 
 -- What the server and its clients say themselves: nobody may publish what looks like it.
 local RESERVED = ' connection_established gap update message_response heartbeat pong token_expiring'
@@ -116,6 +117,28 @@ local function remembered(key, fingerprint)
   return { id, where, ledger.seq_of(n or 0), 'duplicate' }
 end
 
+---- Not too many
+
+local MINUTE = 60000000 -- microseconds, as all in here: a notification may cost less than 1 ms
+
+-- Takes one out of what a user may get per minute, all of a minute's worth at once; or returns in
+-- how many ms it could be taken, and leaves everything as it is.
+--
+-- GCRA (the "virtual scheduling" of ITU-T I.371, Annex A): `pace` in meta is when the whole minute's
+-- worth will be there again. That is the same moment whatever the rate is, so a rate that is changed
+-- needs no conversion, and publishers that were told different ones agree on what is left.
+-- Whoever has used up a minute's worth is a minute ahead, and further only if the clock has gone
+-- back. By up to a minute that is waited for, so that nobody gains by a step of a few ms. If it is
+-- more, as after a failover to another machine, it is forgiven: it might be hours.
+local function take_one(box, rate)
+  local present = clock[1] * 1000000 + clock[2]
+  local full = ledger.whole(box.pace) or present
+  if full < present or full > present + 2 * MINUTE then full = present end
+  full = full + math.max(1, math.floor(MINUTE / rate))
+  if full > present + MINUTE then return math.ceil((full - present - MINUTE) / 1000) end
+  ledger.change(box, 'pace', ('%.0f'):format(full))
+end
+
 ---- Later
 
 -- Keeps a notification until it is due.
@@ -135,7 +158,7 @@ end
 local given, wrong = ledger.arguments {
   id = 1, payload = 1, type = 1, ttl = 1, channel = 1, idempotency_key = 1, idempotency_ttl = 1,
   collapse_key = 1, deliver_at = 1, fallback_after = 1, max = 1, events = 1, max_size = 1,
-  traceparent = 1,
+  traceparent = 1, rate = 1, priority = 1,
 }
 if not given then return ledger.refuse(wrong) end
 local box = ledger.named_box()
@@ -147,6 +170,8 @@ local fallback = ledger.number(given, 'fallback_after', nil, 1, 30 * DAY)
 local limit = ledger.number(given, 'max', 1000, 1, 1e6)
 local max_size = ledger.number(given, 'max_size', 10240, 0, 1e9)
 ledger.events_max = ledger.number(given, 'events', 10000, 0, 1e9)
+local rate = ledger.number(given, 'rate', 0, 0, 1e9)
+local is_urgent = ledger.number(given, 'priority', 0, 0, 1) == 1
 local kind = given.type or 'notification'
 wrong = given.problem or problem_with(given, kind, max_size)
 if wrong then return ledger.refuse(wrong) end
@@ -167,6 +192,10 @@ if given.idempotency_key then
 end
 problem = ledger.open(box)
 if problem then return ledger.refuse(problem) end
+if rate > 0 and not is_urgent and not box.everyone then
+  local wait = take_one(box, rate)
+  if wait then return redis.error_reply(('RATELIMITED %.0f'):format(wait)) end
+end
 
 local start = math.max(now, due)
 local item = {

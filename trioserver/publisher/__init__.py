@@ -17,7 +17,13 @@ arrives once all the same. Other languages call the same script: see ``docs/publ
 from trioserver.ledger import Accepted
 from trioserver.publisher.asking import Ephemeral, PublishInterrupted, Result
 from trioserver.publisher.fronts import AsyncioPublisher, Publisher, TrioPublisher
-from trioserver.publisher.request import IdempotencyConflict, Options, PublishRefused
+from trioserver.publisher.request import (
+    IdempotencyConflict,
+    Options,
+    PayloadMisfit,
+    PublishRefused,
+    RateLimited,
+)
 
 __all__ = [
     "Accepted",
@@ -25,9 +31,11 @@ __all__ = [
     "Ephemeral",
     "IdempotencyConflict",
     "Options",
+    "PayloadMisfit",
     "PublishInterrupted",
     "PublishRefused",
     "Publisher",
+    "RateLimited",
     "Result",
     "TrioPublisher",
 ]

@@ -14,17 +14,20 @@ import attrs
 import msgspec
 
 from trioserver import endpoint as endpoints
-from trioserver import ledger, life
+from trioserver import ledger, life, payload_schemas
 from trioserver.endpoint import Endpoint
 from trioserver.errors import RedisError, RedisRefused, RedisUnavailable
 from trioserver.ledger import Accepted, Command, Rules
 from trioserver.life import Standing, Trace
+from trioserver.payload_schemas import PayloadSchemas
 from trioserver.publisher.attempts import PAUSES, Steps, exchange
 from trioserver.publisher.request import (
     Draft,
     IdempotencyConflict,
     Options,
+    PayloadMisfit,
     PublishRefused,
+    RateLimited,
     checked_user,
     draft,
 )
@@ -51,8 +54,8 @@ class PublishInterrupted(RedisUnavailable):
         good = sum(isinstance(result, Accepted) for result in results)
         super().__init__(f"{good} of {len(results)} users are served, then: {problem}")
         self.results = results
-        """One per user, in order: `Accepted`, `PublishRefused`, `RedisRefused` (not published) or
-        `RedisUnavailable` (unknown)."""
+        """One per user, in order: `Accepted`, `PublishRefused` (`RateLimited`, perhaps),
+        `RedisRefused` (not published) or `RedisUnavailable` (unknown)."""
 
 
 Result: TypeAlias = Accepted | PublishRefused | RedisError
@@ -68,15 +71,27 @@ class Asking:
     """Whether the settings are the server's and not just defaults."""
     seconds: float
     """For one question, repetitions included."""
+    schemas: PayloadSchemas | None
+    """What payloads have to fit; None is no schemas."""
     clock: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
 
     @classmethod
     def of(cls, settings: Settings | None, seconds: float) -> "Asking":
-        """Return what asks with these settings or, without any, with the defaults."""
+        """Return what asks with these settings or, without any, with the defaults.
+
+        Raises:
+            SettingsError: PAYLOAD_SCHEMAS is set, and cannot be used.
+        """
         # No state is kept here, and the default place of it would want a home directory.
         chosen = Settings(data_dir=Path("/")) if settings is None else settings
-        return cls(settings=chosen, servers_own=settings is not None, seconds=seconds)
+        where = chosen.payload_schemas
+        return cls(
+            settings=chosen,
+            servers_own=settings is not None,
+            seconds=seconds,
+            schemas=None if where is None else payload_schemas.load(where),
+        )
 
     def endpoint(self, where: str | Endpoint) -> Endpoint:
         """Return where Redis is.
@@ -102,7 +117,7 @@ class Asking:
             raise PublishRefused("say one of user, users and everyone=True")
         if isinstance(users, str | bytes):
             raise PublishRefused("users are several strings, not one")
-        made = draft(payload, options, self.settings, self.wall())
+        made = self._draft(payload, options)
         if users is None:
             result = (yield from self._publish_all(made, [user]))[user]
             if isinstance(result, Exception):
@@ -144,6 +159,13 @@ class Asking:
             return trace
         standing = yield from self._look(life.Look(trace.user, counting=False), until)
         return life.explained(trace, standing)
+
+    def _draft(self, payload: object, options: Options) -> Draft:
+        made = draft(payload, options, self.settings, self.wall())
+        misfit = self.schemas.misfit(made.type, made.payload) if self.schemas else None
+        if misfit is not None:
+            raise PayloadMisfit(misfit)
+        return made
 
     def _trace(self, notification: str, until: float) -> Steps[Trace | None]:
         key = ledger.notification_key(notification)
@@ -235,6 +257,9 @@ class _Letter:
 
 def _refusal(refused: RedisRefused) -> PublishRefused | RedisRefused:
     text = str(refused)
+    wait = ledger.wait_of(text)
+    if wait is not None:
+        return RateLimited(wait)
     if text.startswith(ledger.REUSED_KEY):
         return IdempotencyConflict(text.removeprefix(ledger.REUSED_KEY))
     if text.startswith(ledger.BAD_REQUEST):

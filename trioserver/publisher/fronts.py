@@ -42,10 +42,11 @@ class Publisher:
         Args:
             where: REDIS_URL, or what `trioserver.endpoint.endpoint` has made of the settings.
             settings: The server's own, if channels, limits or lifetimes differ from the defaults.
+                The file of PAYLOAD_SCHEMAS is read here, once.
             deadline: Seconds for one call, all repetitions included.
 
         Raises:
-            SettingsError: The URL is not understood.
+            SettingsError: The URL is not understood, or PAYLOAD_SCHEMAS cannot be used.
         """
         self._asking = Asking.of(settings, deadline)
         self._link = BlockingLink(self._asking.endpoint(where), client_name="publisher")
@@ -94,6 +95,10 @@ class Publisher:
         Raises:
             PublishRefused: The request is wrong; nothing was published.
             IdempotencyConflict: The key was used a short time ago, for something else.
+            RateLimited: The user gets NOTIFICATIONS_PER_MINUTE_PER_USER already (50, unless the
+                settings say otherwise), and this has no priority. The error knows how long to
+                wait; nothing is repeated by itself.
+            PayloadMisfit: The payload does not fit its type's schema.
             RedisUnavailable: Redis did not answer, also not when asked again. Whether the
                 notification was published is unknown; with an idempotency key it may be published
                 again in any case. For ``users`` it is a `PublishInterrupted`.
@@ -282,7 +287,7 @@ class AsyncioPublisher(AsyncPublisher):
         """Remember where Redis is; the arguments are those of `Publisher`.
 
         Raises:
-            SettingsError: The URL is not understood.
+            SettingsError: The URL is not understood, or PAYLOAD_SCHEMAS cannot be used.
         """
         asking = Asking.of(settings, deadline)
         self._connections = AsyncioLink(asking.endpoint(where), client_name="publisher")
@@ -323,7 +328,11 @@ class TrioPublisher(AsyncPublisher):
         Args:
             link: A `trioserver.redis_link.RedisLink`.
             settings: The server's own, if channels, limits or lifetimes differ from the defaults.
+                The file of PAYLOAD_SCHEMAS is read here, once.
             deadline: Seconds for one call, all repetitions included.
+
+        Raises:
+            SettingsError: PAYLOAD_SCHEMAS cannot be used.
         """
         import trio  # noqa: PLC0415 - callers without Trio do not pay for it
 
@@ -341,7 +350,7 @@ class TrioPublisher(AsyncPublisher):
         """Open a link of its own for the time of the block; the arguments are `Publisher`'s.
 
         Raises:
-            SettingsError: The URL is not understood.
+            SettingsError: The URL is not understood, or PAYLOAD_SCHEMAS cannot be used.
         """
         # Not above: importing trio-asyncio replaces functions of asyncio in the whole process.
         from trioserver.redis_link import open_link  # noqa: PLC0415

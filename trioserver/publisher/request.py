@@ -16,17 +16,52 @@ from trioserver import ledger, messages
 from trioserver.auth import check_user
 from trioserver.errors import AuthError, TrioserverError
 from trioserver.ledger import Notification
+from trioserver.payload_schemas import Misfit
 from trioserver.settings import Settings
 
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class PublishRefused(TrioserverError):  # noqa: N818 - a verdict
-    """The request is not acceptable and would never be: nothing was published."""
+    """The request is not acceptable: nothing was published.
+
+    It never would be, unless the error is one of the kinds below that say otherwise.
+    """
 
 
 class IdempotencyConflict(PublishRefused):
     """The idempotency key was used a short time ago, for something else."""
+
+
+class RateLimited(PublishRefused):
+    """The user gets NOTIFICATIONS_PER_MINUTE_PER_USER already.
+
+    Publishers do not wait and try again: whether this notification is worth waiting for, or is to
+    go to nobody, only the back end knows.
+    """
+
+    def __init__(self, retry_after: float) -> None:
+        """Remember how long to wait.
+
+        Args:
+            retry_after: Seconds.
+        """
+        super().__init__(
+            f"the user gets too many notifications; one more would be taken in {retry_after:.1f} s"
+        )
+        self.retry_after = retry_after
+        """Seconds until one more would be taken, if nobody else publishes to this user."""
+
+
+class PayloadMisfit(PublishRefused):
+    """The payload does not fit the schema that PAYLOAD_SCHEMAS has for its type."""
+
+    def __init__(self, misfit: Misfit) -> None:
+        """Say where it does not fit, and why."""
+        super().__init__(str(misfit))
+        self.path = misfit.path
+        """JSON Pointer to what does not fit; empty if it is the payload as a whole."""
+        self.reason = misfit.reason
 
 
 class Options(TypedDict, total=False):
@@ -47,6 +82,9 @@ class Options(TypedDict, total=False):
     """Seconds after which an ``undelivered`` event says that no device has received it."""
     traceparent: str | None
     """Trace context (W3C) that travels along; one that is malformed is ignored."""
+    priority: bool
+    """Whether it comes through, and is not counted, when the user has already got
+    NOTIFICATIONS_PER_MINUTE_PER_USER."""
 
 
 @attrs.frozen(kw_only=True)
@@ -64,6 +102,7 @@ class Draft:
     deliver_at_ms: int | None = None
     fallback_after_ms: int | None = None
     traceparent: str | None = None
+    priority: bool = False
 
     @property
     def ephemeral(self) -> bool:
@@ -96,6 +135,7 @@ class Draft:
             fallback_after_ms=self.fallback_after_ms,
             traceparent=self.traceparent,
             channel=self.channel(user) if name_channel else None,
+            priority=self.priority,
         )
 
     def channel(self, user: str | None) -> str:
@@ -139,6 +179,7 @@ def draft(payload: object, options: Options, settings: Settings, now: float) -> 
         deliver_at_ms=_moment(options.get("deliver_at"), now),
         fallback_after_ms=_milliseconds("fallback_after", options.get("fallback_after")),
         traceparent=_traceparent(options.get("traceparent")),
+        priority=_flag("priority", options.get("priority", False)),
     )
     try:
         # What the workers would drop is better refused here, where somebody hears of it.
@@ -227,6 +268,12 @@ def _text(name: str, value: object, most: int) -> str:
         raise PublishRefused(f"{name} is not Unicode") from None
     if not 1 <= length <= most:
         raise PublishRefused(f"{name} has 1 to {most} bytes")
+    return value
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise PublishRefused(f"{name} is True or False")
     return value
 
 
