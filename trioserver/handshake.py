@@ -46,7 +46,7 @@ _SINGLETONS: Final = frozenset(
 )
 # What may stand in a head; everything else is a control character.
 _ALLOWED: Final = bytes({0x09, 0x0A, 0x0D, *range(0x20, 0x7F), *range(0x80, 0x100)})
-_REQUEST_LINE: Final = re.compile(rb"(?:\r\n)*[A-Z]+ [^ \r\n]+ HTTP/1\.1\r\n")
+_REQUEST_LINE: Final = re.compile(rb"(?:\r\n)*[A-Z]+ [^ \r\n]+ HTTP/1\.([01])\r\n")
 _TARGET: Final = re.compile(rb"/[\x21-\x7e]*")
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
@@ -65,11 +65,22 @@ class Refusal(Exception):  # noqa: N818 - reads as what is sent
     problem: str
     headers: tuple[tuple[str, str], ...] = ()
 
-    def response(self) -> bytes:
-        """Return the whole HTTP answer."""
-        body = health.problem_body(self.status, self.problem)
+    def response(self, *, request_id: str = "", secure: bool = False, head: bool = False) -> bytes:
+        """Return the whole HTTP answer.
+
+        Args:
+            head: Whether the request was HEAD: no body.
+            request_id: See `response_heads.request_id`; a new one without.
+            secure: Whether it goes out through our own TLS.
+        """
         return health.small_response(
-            self.status, body, health.PROBLEM_JSON, headers=dict(self.headers)
+            self.status,
+            health.problem_body(self.status, self.problem),
+            health.PROBLEM_JSON,
+            headers=dict(self.headers),
+            request_id=request_id,
+            secure=secure,
+            head=head,
         )
 
 
@@ -83,6 +94,8 @@ class Request:
     query: str
     headers: dict[bytes, bytes]
     """Lower-case names; repeated list headers are joined with commas."""
+    minor: int = 1
+    """Of the version: HTTP/1.1, or 1.0."""
 
     def header(self, name: bytes) -> str | None:
         """Return a header's value as text, or None."""
@@ -104,7 +117,11 @@ class Request:
         for pair in pairs:
             name, _, value = pair.partition("=")
             if name:
-                parameters[unquote_plus(name)] = unquote_plus(value)
+                name = unquote_plus(name)
+                if name in parameters and name == "token":
+                    # Whoever looks at the first one in front of us would have let in the other.
+                    raise Refusal(400, "the parameter token is repeated")
+                parameters[name] = unquote_plus(value)
         return parameters
 
 
@@ -168,6 +185,23 @@ def parse(head: bytes) -> Request:
         Refusal: 400 for what is not a well-formed HTTP/1.1 request without a body, 431 for one
             beyond the limits.
     """
+    request = parse_any(head)
+    if request.minor != 1:
+        raise Refusal(400, "HTTP/1.1 is needed")
+    headers = request.headers
+    if headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers:
+        raise Refusal(400, "a request body is not accepted here")
+    return request
+
+
+def parse_any(head: bytes) -> Request:
+    """Parse one complete request head, also of HTTP/1.0, also of a request with a body.
+
+    How the body is framed is the caller's to judge.
+
+    Raises:
+        Refusal: 400 for what is not well formed, 431 for what is beyond the limits.
+    """
     _check_bytes(head)
     collected = _Head()
     parser = httptools.HttpRequestParser(collected)
@@ -181,17 +215,18 @@ def parse(head: bytes) -> Request:
         raise
     except httptools.HttpParserError:
         raise Refusal(400, "this is not an HTTP/1.1 request") from None
-    if not _REQUEST_LINE.match(head):
+    line = _REQUEST_LINE.match(head)
+    if line is None:
         raise Refusal(400, "HTTP/1.1 is needed")
+    minor = int(line[1])
     headers = collected.headers
-    if not headers.get(b"host"):
+    # Before HTTP/1.1 nobody had to send it, and some who only ask for health still do not.
+    if not headers.get(b"host") and (minor or b"host" in headers):
         raise Refusal(400, "the Host header is missing")
-    if headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers:
-        raise Refusal(400, "a request body is not accepted here")
     if not _TARGET.fullmatch(collected.target):
         raise Refusal(400, "the request target must be an ASCII path")
     path, _, query = collected.target.decode("ascii").partition("?")
-    return Request(parser.get_method().decode("ascii"), path, query, headers)
+    return Request(parser.get_method().decode("ascii"), path, query, headers, minor)
 
 
 def _check_bytes(head: bytes) -> None:

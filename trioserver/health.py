@@ -15,11 +15,12 @@ from typing import Final
 import attrs
 import msgspec
 
+from trioserver import response_heads
+
 JSON: Final = "application/json"
 PROBLEM_JSON: Final = "application/problem+json"
 
-# Small answers say how things are at this moment: nobody may keep or guess at them.
-SMALL_HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+SMALL_HEADERS: Final = response_heads.HEADERS
 
 
 def liveness_body() -> bytes:
@@ -113,6 +114,8 @@ def small_response(
     *,
     head: bool = False,
     headers: Mapping[str, str] | None = None,
+    request_id: str = "",
+    secure: bool = False,
 ) -> bytes:
     """Return a whole HTTP/1.1 response, after which the connection is closed.
 
@@ -121,13 +124,17 @@ def small_response(
         body: What follows the head.
         content_type: Media type of the body.
         head: Whether the request was HEAD: the same headers, no body.
-        headers: Further headers. Values are trusted: nothing of a client's without a check.
+        headers: Further headers, or other values for those of `trioserver.response_heads`.
+            Values are trusted: nothing of a client's without a check.
+        request_id: See `response_heads.request_id`; a new one without.
+        secure: Whether it goes out through our own TLS.
     """
     lines = {
         "Content-Type": content_type,
         "Content-Length": str(len(body)),
         "Connection": "close",
-        **SMALL_HEADERS,
+        response_heads.REQUEST_ID: request_id or response_heads.new_request_id(),
+        **(response_heads.TLS_HEADERS if secure else response_heads.HEADERS),
         **(headers or {}),
     }
     fields = "".join(f"{name}: {value}\r\n" for name, value in lines.items())

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.redis_server import RedisServer, wait_until
 from tests.trioserver.gateway_process import Answer, GatewayProcess, pool, worker
+from trioserver import response_heads
 from trioserver.gateway.pool_metrics import POOL_FAMILIES
 from trioserver.gateway.scrape import Scraper
 from trioserver.metrics import FAMILIES, Exporter, Tally
@@ -27,13 +28,6 @@ from trioserver.settings import Settings
 NO_REDIS = Settings(redis_url="redis://127.0.0.1:1/0", logger_encoding="json", log_level="debug")
 
 TIMESTAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
-
-# To Hypercorn this is a switch to HTTP/2, with settings that cannot be decoded: the error leaves
-# the connection and ends the nursery of all connections.
-POISON = (
-    b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
-    b"Upgrade: h2c\r\nHTTP2-Settings: !!!x\r\n\r\n"
-)
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +308,6 @@ async def test_a_bad_metric_file_does_not_fail_a_scrape(gateway: GatewayProcess)
         ("GET", "//readyz", 404, "Not Found"),
         ("POST", "/healthz", 405, "Method Not Allowed"),
         ("DELETE", "/metrics", 405, "Method Not Allowed"),
-        ("GET", "/" + "a" * 9000, 431, "Request Header Fields Too Large"),
     ],
 )
 async def test_everything_else_is_a_problem(
@@ -340,22 +333,36 @@ async def test_head_gets_no_body(shared: GatewayProcess) -> None:
 async def test_every_answer_is_for_this_moment_and_names_no_software(
     shared: GatewayProcess,
 ) -> None:
-    """Nobody may keep an answer, guess at its type, or learn what serves it."""
-    for path in ("/healthz", "/readyz", "/health", "/metrics", "/nothing"):
-        headers = (await shared.get(path)).headers
-        assert "no-store" == headers["Cache-Control"]
-        assert "nosniff" == headers["X-Content-Type-Options"]
-        assert "Server" not in headers
+    """Nobody may keep an answer, run it, show it in a frame, or learn what serves it."""
+    answers = [
+        await shared.get(path)
+        for path in ("/healthz", "/readyz", "/health", "/metrics", "/nothing", "/api/v1/x")
+    ]
+    answers += [
+        await shared.post("/healthz", b"{}"),
+        await shared.post("/api/v1/notifications", b"{}"),
+        await shared.get("/healthz", {"X": "a\x01b"}),
+        await shared.get("/" + "a" * 9000),
+    ]
+    for answer in answers:
+        for name, value in response_heads.HEADERS.items():
+            assert [value] == answer.headers.get_all(name)
+        assert re.fullmatch(r"[0-9a-f]{16}", answer.headers["X-Request-ID"])
+        assert "Server" not in answer.headers
+        assert "Strict-Transport-Security" not in answer.headers
+    assert {200, 400, 401, 404, 405, 431, 503} == {answer.status for answer in answers}
 
 
 async def test_the_callers_request_id_is_answered_and_logged(shared: GatewayProcess) -> None:
     """A decent ``X-Request-ID`` goes through; the log has it with the request, and no query."""
     answer = await shared.get("/nothing?token=s3cr3t", {"X-Request-ID": "trace-7/a"})
+    refused = await shared.get("/nothing", {"X-Request-ID": "trace-8", "Bad ": "x"})
     made = await shared.get("/healthz", {"X-Request-ID": "a b"})
 
     assert "trace-7/a" == answer.headers["X-Request-ID"]
+    assert (400, "trace-8") == (refused.status, refused.headers["X-Request-ID"])
     assert re.fullmatch(r"[0-9a-f]{16}", made.headers["X-Request-ID"])
-    await wait_until(lambda: "trace-7/a" in shared.log)
+    await wait_until(lambda: "trace-7/a" in shared.log and "trace-8" in shared.log)
     (line,) = (line for line in log_lines(shared) if line.get("request_id") == "trace-7/a")
     assert ("request", "GET", "/nothing") == (line["event"], line["method"], line["path"])
     assert (404, "gateway", 1) == (line["status"], line["process"], line["generation"])
@@ -367,7 +374,9 @@ async def test_too_many_headers_are_refused(shared: GatewayProcess) -> None:
     many = await shared.get("/healthz", {f"x-{number}": "1" for number in range(200)})
     large = await shared.get("/healthz", {f"x-{number}": "1" * 5000 for number in range(4)})
 
-    assert (431, 431) == (many.status, large.status)
+    for answer in (many, large):
+        assert 431 == answer.status
+        assert "application/problem+json" == answer.headers["Content-Type"]
 
 
 async def test_a_body_that_nobody_wants_holds_nothing(shared: GatewayProcess) -> None:
@@ -415,19 +424,6 @@ async def test_many_at_once_cost_one_question(shared: GatewayProcess, path: str)
     assert {503 if path == "/health" else 200} == statuses
     assert sorted(durations)[98] < 1.5
     assert shared.supervisor.asked - asked < 25
-
-
-async def test_a_broken_connection_ends_nobody_who_comes_later(gateway: GatewayProcess) -> None:
-    """When a request breaks Hypercorn as a whole, it is started again and goes on."""
-    for number in range(1, 4):
-        async with await gateway.connect() as stream:
-            await stream.send_all(POISON)
-            await wait_until(lambda: gateway.log.count("is started again") == number)  # noqa: B023
-        assert 200 == (await gateway.get("/healthz")).status
-
-    gateway.wait_beat(ready=True)
-    gateway.drain(5.0)
-    assert 0 == gateway.wait_exit()
 
 
 async def test_it_drains_when_told_to(gateway: GatewayProcess) -> None:
@@ -481,12 +477,12 @@ async def test_a_request_under_way_is_answered_before_the_end(gateway: GatewayPr
 
 
 async def test_a_stuck_reader_cannot_hold_the_end(gateway: GatewayProcess) -> None:
-    """Who asks a lot and reads nothing is cut off when the time is over."""
+    """Who asks a lot and reads nothing is cut off when half of the time is over."""
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", gateway.port))
         client.setblocking(False)
-        client.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 900)
+        client.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 900)
         await _until_quiet(gateway)
         began = time.monotonic()
         gateway.drain(2.0)
@@ -494,8 +490,8 @@ async def test_a_stuck_reader_cannot_hold_the_end(gateway: GatewayProcess) -> No
         code = gateway.wait_exit(6.0)
 
     assert 0 == code
-    assert time.monotonic() - began > 1.5
-    assert "requests were cut off at the end" == log_lines(gateway)[-1]["event"]
+    assert 0.9 < time.monotonic() - began
+    assert "gateway ended" == log_lines(gateway)[-1]["event"]
 
 
 async def _until_quiet(gateway: GatewayProcess) -> None:
@@ -504,7 +500,7 @@ async def _until_quiet(gateway: GatewayProcess) -> None:
 
     def quiet() -> bool:
         nonlocal answered, since
-        now = gateway.log.count('"path": "/metrics"')
+        now = gateway.log.count('"path": "/healthz"')
         if now != answered:
             answered, since = now, trio.current_time()
         return answered > 0 and trio.current_time() > since + 0.3
@@ -613,3 +609,29 @@ async def test_without_a_place_for_counts_it_serves(tmp_path: Path) -> None:
     assert 200 == ready.status
     assert 1 == samples(page)["pool_ready",]
     assert "counts are not kept" in process.log
+
+
+async def test_schemas_that_broke_meanwhile_stop_publishing_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    """Started anew, it answers monitors and says why it publishes nothing; once, in the log."""
+    schemas = tmp_path / "schemas.json"
+    schemas.write_text('{"order": ')
+    key = "k" * 40
+    settings = attrs.evolve(NO_REDIS, payload_schemas=schemas, api_keys=(key,))
+    with GatewayProcess(tmp_path, settings) as process:
+        process.wait_started()
+        alive = await process.get("/healthz")
+        body = b'{"to": {"user": "a"}, "payload": 1, "type": "other"}'
+        answers = [
+            await process.post("/api/v1/notifications", body, {"X-API-Key": one})
+            for one in (key, key, "wrong")
+        ]
+
+    assert 200 == alive.status
+    assert [503, 503, 401] == [answer.status for answer in answers]
+    assert "60" == answers[0].headers["Retry-After"]
+    assert "PAYLOAD_SCHEMAS" in json.loads(answers[0].body)["detail"]
+    errors = [line for line in log_lines(process) if line["level"] == "error"]
+    assert ["nothing can be published"] == [line["event"] for line in errors]
+    assert "is not JSON" in str(errors[0]["problem"])

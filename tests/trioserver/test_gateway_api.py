@@ -31,7 +31,11 @@ from trioserver.tally import HTTP_STATUSES, OTHER
 PATH = "/api/v1/notifications"
 KEY = {"X-API-Key": "a-key"}
 SETTINGS = Settings(
-    api_keys=("a-key", "another"), logger_encoding="json", log_level="debug", inbox_max_length=50
+    api_keys=("a-key", "another"),
+    logger_encoding="json",
+    log_level="debug",
+    inbox_max_length=50,
+    api_requests_per_second=0,
 )
 DOCS = Path(__file__).parent.parent.parent / "docs" / "api.md"
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -671,6 +675,61 @@ class TestOutages:
                 assert 503 == line["status"]
 
 
+class TestLimits:
+    """Not more than a user may get, and nothing that does not fit its schema."""
+
+    async def test_too_many(self, own_redis: RedisServer, tmp_path: Path) -> None:
+        """429 says when to come back; in a list it concerns one user; priority comes through."""
+        settings = attrs.evolve(
+            SETTINGS, redis_url=own_redis.unix_url, notifications_per_minute_per_user=1
+        )
+        to, both = {"user": "u"}, {"users": ["u", "v"]}
+        with GatewayProcess(tmp_path / "gw", settings) as process:
+            process.wait_started()
+            await publish(process, to, idempotency_key="k")
+            alone = await publish(process, to)
+            some = json.loads((await publish(process, both)).body)["notifications"]
+            with Caller(own_redis.path) as caller:
+                caller.ask("HINCRBY", ledger.key("meta", "u"), "pace", -30_000_000)
+            none = await publish(process, both)
+            again = await publish(process, to, idempotency_key="k")
+            urgent = await publish(process, both, priority=True)
+            everyone = await publish(process, {"all": True}, priority=False)
+            page = await process.get("/metrics")
+
+        assert 429 == alone.status
+        assert "too many notifications" in problem(alone)
+        assert 1 <= int(alone.headers["Retry-After"]) <= 60
+        assert (429, "u") == (some[0]["status"], some[0]["user"])
+        assert 1 <= some[0]["retry_after"] <= 60
+        assert "id" in some[1]
+        assert (429, 429) == (none.status, json.loads(none.body)["status"])
+        # Whoever comes back then finds room for both.
+        assert 31 <= int(none.headers["Retry-After"]) <= 60
+        assert (202, 202, 202) == (again.status, urgent.status, everyone.status)
+        assert (2, 2) == (len(inbox(own_redis, "u")), len(inbox(own_redis, "v")))
+        assert (4, 5) == (published(page)["limited"], published(page)["accepted"])
+
+    @pytest.mark.parametrize("ttl", [60, 0])
+    async def test_what_does_not_fit(
+        self, own_redis: RedisServer, tmp_path: Path, ttl: int
+    ) -> None:
+        """422 says where and what was wanted, without the value; kept or not."""
+        schemas = tmp_path / "schemas.json"
+        schemas.write_text('{"order": {"properties": {"n": {"type": "integer"}}}}')
+        settings = attrs.evolve(SETTINGS, redis_url=own_redis.unix_url, payload_schemas=schemas)
+        to = {"user": "u"}
+        with GatewayProcess(tmp_path / "gw", settings) as process:
+            process.wait_started()
+            refused = await publish(process, to, {"n": "hunter2"}, type="order", ttl=ttl)
+            fitting = await publish(process, to, {"n": 1}, type="order", ttl=ttl)
+            other = await publish(process, to, {"n": "x"}, ttl=ttl)
+
+        assert (422, 202, 202) == (refused.status, fitting.status, other.status)
+        assert "/n is not of type integer." in problem(refused)
+        assert b"hunter2" not in refused.body
+
+
 def published(page: Answer) -> dict[str, float]:
     """Return ``notifications_published_total`` by outcome."""
     return {
@@ -707,6 +766,7 @@ async def test_what_is_counted(own_redis: RedisServer, tmp_path: Path) -> None:
         "accepted": 5,
         "scheduled": 1,
         "duplicate": 1,
+        "limited": 0,
         "refused": 3,
         "unavailable": 0,
         "delivered": 0,

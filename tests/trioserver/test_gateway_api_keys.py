@@ -54,3 +54,15 @@ def test_without_keys_nobody_is_let_in() -> None:
     for headers in ([], [(b"x-api-key", b"")], [(b"authorization", b"Bearer ")]):
         with pytest.raises(Problem):
             ApiKeys([]).check(headers)
+
+
+def test_each_key_has_a_number() -> None:
+    """Counted from 0; whatever would not be let in has none."""
+    assert 0 == KEYS.number([(b"x-api-key", b"first-key")])
+    assert 1 == KEYS.number([(b"authorization", b"Bearer second+key/=")])
+    for headers in (
+        [],
+        [(b"x-api-key", b"wrong")],
+        [(b"x-api-key", b"first-key"), (b"x-api-key", b"second+key/=")],
+    ):
+        assert KEYS.number(headers) is None

@@ -12,9 +12,7 @@ from trioserver.gateway.front import (
     Front,
     Scope,
     Send,
-    head_is_too_large,
     path_label,
-    request_id,
 )
 from trioserver.metrics import Tally
 
@@ -171,48 +169,6 @@ async def test_what_is_no_request_is_passed_on() -> None:
     assert [{"type": "lifespan"}] == seen
 
 
-async def test_a_head_beyond_the_limit_never_reaches_the_application() -> None:
-    """It is refused with 431, in the same form as everything else."""
-    exchange = Exchange(broken, "/" + "a" * 9000)
-    await exchange.run()
-
-    assert 0 == exchange.left
-    assert 431 == exchange.status
-    assert 1 == exchange.tally.http["other", "431"]
-
-
-@pytest.mark.parametrize(
-    ("lines", "too_large"),
-    [
-        ([(b"host", b"x")], False),
-        ([(b"a", b"1")] * 100, False),
-        ([(b"a", b"1")] * 101, True),
-        ([(b"a", b"1" * (8192 - 5))], False),
-        ([(b"a", b"1" * (8192 - 4))], True),
-        ([(b"a", b"1" * 5000)] * 3, False),
-        ([(b"a", b"1" * 5000)] * 4, True),
-    ],
-)
-def test_limits_of_a_head(lines: list[tuple[bytes, bytes]], *, too_large: bool) -> None:
-    """8 KiB in a line, 100 lines, 16 KiB together; the request line is one of them."""
-    scope: Scope = {"raw_path": b"/", "query_string": b"", "headers": lines}
-
-    assert too_large == head_is_too_large(scope)
-    assert head_is_too_large({**scope, "query_string": b"q" * 8192})
-
-
-@pytest.mark.parametrize("given", [b"a", b"!~", b"x" * 128, b"0af7651916cd43dd-8448eb211c80319c"])
-def test_a_decent_request_id_is_kept(given: bytes) -> None:
-    """Visible ASCII up to 128 characters goes through as it is."""
-    assert given.decode() == request_id([(b"host", b"x"), (b"x-request-id", given)])
-
-
-@pytest.mark.parametrize("given", [b"", b"a b", b"x" * 129, b"\xe9", b"a\x7f", b"a\tb"])
-def test_any_other_request_id_is_replaced(given: bytes) -> None:
-    """What could not stand in a header and a log line as it is, does not get there."""
-    assert given.decode("latin-1") != request_id([(b"x-request-id", given)])
-
-
 @pytest.mark.parametrize(
     ("path", "label"),
     [
@@ -226,11 +182,3 @@ def test_any_other_request_id_is_replaced(given: bytes) -> None:
 def test_ids_are_left_out_where_paths_are_counted(path: str, label: str) -> None:
     """All notifications count under one name."""
     assert label == path_label(path)
-
-
-def test_two_request_ids_are_none() -> None:
-    """Which of two would be right cannot be known."""
-    twice = [(b"x-request-id", b"a"), (b"x-request-id", b"b")]
-
-    assert request_id(twice) not in {"a", "b"}
-    assert request_id([]) != request_id([])

@@ -54,6 +54,7 @@ def test_everything() -> None:
             deliver_at="2026-01-01T08:00:00+02:00",
             idempotency_key="order-1017",
             collapse_key="order",
+            priority=True,
         ),
         (b"traceparent", TRACE.encode()),
     )
@@ -65,6 +66,7 @@ def test_everything() -> None:
         "deliver_at": dt.datetime(2026, 1, 1, 6, tzinfo=dt.UTC),
         "idempotency_key": "order-1017",
         "collapse_key": "order",
+        "priority": True,
         "traceparent": TRACE,
     } == wanted.options
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.trioserver.wire import ACCEPT, KEY
-from trioserver import handshake
-from trioserver.handshake import Refusal, Request, Upgrade, head_end, parse, upgrade
+from trioserver import handshake, response_heads
+from trioserver.handshake import Refusal, Request, Upgrade, head_end, parse, parse_any, upgrade
 
 HOST = b"Host: example.org"
 UPGRADE = b"Upgrade: websocket"
@@ -306,3 +306,35 @@ def test_random_keys_are_not_all_the_same() -> None:
     key = base64.b64encode(os.urandom(16))
     assert key == upgrade(parse(swapped(NONCE, b"Sec-WebSocket-Key: " + key))).key
     assert handshake.SUBPROTOCOL == "trioserver.v1"
+
+
+def test_a_refusal_has_the_heads_of_all_answers() -> None:
+    """The caller's id or a new one, nothing a browser could run, and TLS where there is TLS."""
+    plain = Refusal(403, "no", (("Retry-After", "2"),)).response(request_id="trace-7")
+    secure = Refusal(403, "no").response(secure=True)
+    for name, value in response_heads.HEADERS.items():
+        line = f"\r\n{name}: {value}\r\n".encode()
+        assert line in plain
+        assert line in secure
+    assert b"\r\nX-Request-ID: trace-7\r\n" in plain
+    assert b"\r\nRetry-After: 2\r\n" in plain
+    assert b"Strict-Transport-Security" not in plain
+    assert b"\r\nStrict-Transport-Security: max-age=31536000\r\n" in secure
+    assert b"\r\nX-Request-ID: " in secure
+
+
+def test_any_head_may_have_a_body_or_be_of_old() -> None:
+    """Where bodies are taken, HTTP/1.0 is as well, even without a host; all else is refused."""
+    old = parse_any(b"GET /healthz HTTP/1.0\r\n\r\n")
+    assert ("/healthz", 0) == (old.path, old.minor)
+    posted = parse_any(b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
+    assert ("POST", 1, b"5") == (posted.method, posted.minor, posted.headers[b"content-length"])
+    for bad in (
+        b"GET /a HTTP/1.1\r\n\r\n",
+        b"GET /a HTTP/1.0\r\nHost:\r\n\r\n",
+        b"GET /a HTTP/1.2\r\nHost: x\r\n\r\n",
+        b"GET http://x/a HTTP/1.1\r\nHost: x\r\n\r\n",
+    ):
+        with pytest.raises(Refusal) as caught:
+            parse_any(bad)
+        assert 400 == caught.value.status

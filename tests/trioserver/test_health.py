@@ -7,7 +7,7 @@ import json
 import attrs
 import pytest
 
-from trioserver import health
+from trioserver import health, response_heads
 from trioserver.health import Health
 
 NOW = 1737450000.987
@@ -106,8 +106,8 @@ def test_a_small_response_is_whole(status: int) -> None:
 
 def test_the_answer_to_head_has_no_body() -> None:
     """HEAD gets the same headers, and nothing after them."""
-    whole = health.small_response(200, b"body", "text/plain")
-    head = health.small_response(200, b"body", "text/plain", head=True)
+    whole = health.small_response(200, b"body", "text/plain", request_id="a")
+    head = health.small_response(200, b"body", "text/plain", head=True, request_id="a")
 
     assert head == whole.removesuffix(b"body")
     assert "4" == parse(head, "HEAD").headers["Content-Length"]
@@ -118,3 +118,24 @@ def test_further_headers_are_added() -> None:
     response = parse(health.small_response(503, b"", "text/plain", headers={"Retry-After": "5"}))
 
     assert "5" == response.headers["Retry-After"]
+
+
+def test_every_answer_has_the_heads_of_all_and_an_id() -> None:
+    """The caller's id, or a new one; TLS is demanded where it is there."""
+    plain = parse(health.small_response(200, b"", "text/plain", request_id="trace-7"))
+    secure = parse(health.small_response(200, b"", "text/plain", secure=True))
+
+    assert "trace-7" == plain.headers["X-Request-ID"]
+    assert 16 == len(secure.headers["X-Request-ID"])
+    for name, value in response_heads.HEADERS.items():
+        assert [value] == plain.headers.get_all(name) == secure.headers.get_all(name)
+    assert "Strict-Transport-Security" not in plain.headers
+    assert "max-age=31536000" == secure.headers["Strict-Transport-Security"]
+
+
+def test_a_page_brings_its_own_policy() -> None:
+    """What the caller adds replaces what is said otherwise, and nothing is there twice."""
+    own = {response_heads.POLICY: "script-src 'self'"}
+    response = parse(health.small_response(200, b"", "text/html", headers=own))
+
+    assert ["script-src 'self'"] == response.headers.get_all("Content-Security-Policy")

@@ -21,15 +21,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Final
 
+import attrs
 import trio
 
 from trioserver import child, log_sweep, logs, metric_archive
 from trioserver.control_client import ask_status
 from trioserver.endpoint import endpoint
-from trioserver.errors import CommandError
+from trioserver.errors import CommandError, SettingsError
 from trioserver.gateway.api import Api
 from trioserver.gateway.api_keys import ApiKeys
 from trioserver.gateway.app import Sources, make_app
+from trioserver.gateway.client_rate import ClientRate
 from trioserver.gateway.front import Application, Front
 from trioserver.gateway.probe import Probe
 from trioserver.gateway.redis_watch import RedisWatch
@@ -40,6 +42,7 @@ from trioserver.ledger import Rules
 from trioserver.lifeline import Lifeline
 from trioserver.metric_archive import Generations
 from trioserver.metrics import Exporter, Tally
+from trioserver.peers import Peers
 from trioserver.publisher import TrioPublisher
 from trioserver.redis_link import RedisLink, open_link
 from trioserver.scheduler import Scheduler
@@ -61,6 +64,8 @@ GRACE_SECONDS: Final = 3.0
 
 SWEEP_SECONDS: Final = 3600.0
 """How often log files of earlier days are looked for."""
+
+_CLOSED: Final = "Nothing was published: the server's PAYLOAD_SCHEMAS cannot be used."
 
 
 class Gateway:
@@ -149,7 +154,14 @@ class Gateway:
 
     async def _serve(self, link: RedisLink) -> None:
         """Answer requests until the drain is over."""
-        self._server = server = Server(Front(self._app(link), self._tally), LISTEN_FD)
+        settings = self._settings
+        keys = ApiKeys(settings.api_keys or ())
+        peers = Peers(settings.trusted_proxies, limit_loopback=settings.limit_loopback)
+        rate = ClientRate(keys, peers, settings.api_requests_per_second)
+        front = Front(self._app(link, keys), self._tally, rate)
+        self._server = server = Server(
+            front, LISTEN_FD, peers=peers, rate=rate, refused=self._count_refused
+        )
         async with trio.open_nursery() as doors:
             await doors.start(server.run)
             self._lifeline.started()
@@ -157,7 +169,7 @@ class Gateway:
             self._log.info("gateway started", pid=os.getpid())
             await self._drain(server)
 
-    def _app(self, link: RedisLink) -> Application:
+    def _app(self, link: RedisLink, keys: ApiKeys) -> Application:
         sources = Sources(
             pool=self._pool,
             scrape=self._scrape,
@@ -166,13 +178,27 @@ class Gateway:
             draining=lambda: self._draining,
             uptime=lambda: trio.current_time() - self._started_at,
         )
+        publisher, closed = self._publisher(link)
         api = Api(
-            ApiKeys(self._settings.api_keys or ()),
-            TrioPublisher(link, settings=self._settings),
+            keys,
+            publisher,
             max_payload=self._settings.notification_max_size,
             count=self._count_published,
+            closed=closed,
         )
         return make_app(sources, api)
+
+    def _publisher(self, link: RedisLink) -> tuple[TrioPublisher, str]:
+        """Return what publishes, and why it must not; empty if it may."""
+        try:
+            return TrioPublisher(link, settings=self._settings), ""
+        except SettingsError as error:
+            # The file was good when the settings of this generation were checked. Without it
+            # nothing may be published, but monitors, and who asks what became of something, still
+            # have to be answered; and the end of this process would change nothing about it.
+            self._log.error("nothing can be published", problem=str(error))
+            unchecked = attrs.evolve(self._settings, payload_schemas=None)
+            return TrioPublisher(link, settings=unchecked), _CLOSED
 
     def _open_link(self) -> AbstractAsyncContextManager[RedisLink]:
         return open_link(
@@ -184,6 +210,9 @@ class Gateway:
 
     def _count_published(self, outcome: str) -> None:
         self._tally.published[outcome] += 1
+
+    def _count_refused(self, status: int) -> None:
+        self._tally.answered("", status)  # whatever path it meant
 
     def _report(self) -> Beat:
         if self._draining:

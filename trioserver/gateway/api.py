@@ -4,10 +4,12 @@
     GET  /api/v1/notifications/{id}   what became of one
 
 ``202`` means that Redis has it. What was not published is a problem whose status says what to do:
-400, 413, 415 and 422 ask for another request, 409 for another idempotency key, 503 to come back.
-Whether a 503 has left something behind is in its text; with an idempotency key it does not matter.
+400, 413, 415 and 422 ask for another request, 409 for another idempotency key, 429 and 503 to come
+back. Whether a 503 has left something behind is in its text; with an idempotency key it does not
+matter.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Final, TypeAlias
@@ -29,6 +31,7 @@ from trioserver.publisher import (
     IdempotencyConflict,
     PublishInterrupted,
     PublishRefused,
+    RateLimited,
     Result,
     TrioPublisher,
 )
@@ -43,6 +46,8 @@ PUBLISH_SECONDS: Final = 10.0
 """For publishing to all users of one request, repetitions included."""
 
 _RETRY_AFTER: Final = {"Retry-After": "1"}
+_LATER: Final = {"Retry-After": "60"}
+"""When somebody has to see to it first."""
 _UNKNOWN: Final = (
     "Redis did not say that it has it, so whether it was published is unknown: with the same "
     "idempotency key the request can be repeated safely."
@@ -61,6 +66,7 @@ class Api:
         *,
         max_payload: int,
         count: Callable[[str], object],
+        closed: str = "",
     ) -> None:
         """Prepare.
 
@@ -69,8 +75,10 @@ class Api:
             publisher: Does what is asked.
             max_payload: Bytes of one payload; 0 is no limit.
             count: Called with the outcome for each recipient: ``accepted``, ``scheduled``,
-                ``duplicate``, ``refused`` or ``unavailable``.
+                ``duplicate``, ``limited``, ``refused`` or ``unavailable``.
+            closed: Why nothing may be published; empty if it may.
         """
+        self._closed = closed
         self._keys = keys
         self._publisher = publisher
         self._max_payload = max_payload
@@ -100,6 +108,8 @@ class Api:
         return json_response(msgspec.json.encode(answer), HTTPStatus.ACCEPTED)
 
     async def _results(self, wanted: PublishRequest) -> Sequence[Result]:
+        if self._closed:
+            raise Problem(UNAVAILABLE, self._closed, _LATER)
         publish, payload, options = self._publisher.publish, wanted.payload, wanted.options
         with trio.move_on_after(PUBLISH_SECONDS):
             try:
@@ -131,6 +141,8 @@ class Api:
 def _outcome(result: Result) -> str:
     if isinstance(result, Accepted):
         return result.outcome if result.outcome in {"scheduled", "duplicate"} else "accepted"
+    if isinstance(result, RateLimited):
+        return "limited"
     return "refused" if isinstance(result, PublishRefused) else "unavailable"
 
 
@@ -144,8 +156,9 @@ def _answer_one(result: Result) -> Answer:
 def _answer_many(users: Sequence[str], results: Sequence[Result]) -> Answer:
     if not any(isinstance(result, Accepted) for result in results):
         problems = [_problem(result) for result in results if not isinstance(result, Accepted)]
-        # The one that says most about what to do: come back, before change the request.
-        raise max(problems, key=lambda problem: problem.status)
+        # The one that says most about what to do: come back, before change the request. And to
+        # come back once, for all.
+        raise max(problems, key=lambda problem: (problem.status, _retry_after(problem)))
     together = zip(users, results, strict=True)
     return {"notifications": [_line(user, result) for user, result in together]}
 
@@ -154,13 +167,19 @@ def _line(user: str, result: Result) -> Answer:
     if isinstance(result, Accepted):
         return {"user": user, "id": result.id or None, "position": result.position or None}
     problem = _problem(result)
-    return {"user": user, "error": problem.detail, "status": problem.status}
+    answer = {"user": user, "error": problem.detail, "status": problem.status}
+    if isinstance(result, RateLimited):
+        return {**answer, "retry_after": _retry_after(problem)}
+    return answer
 
 
 def _problem(error: PublishRefused | RedisError) -> Problem:
     match error:
         case IdempotencyConflict():
             return Problem(HTTPStatus.CONFLICT, _sentence(error))
+        case RateLimited():
+            headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+            return Problem(HTTPStatus.TOO_MANY_REQUESTS, _sentence(error), headers)
         case PublishRefused():
             return Problem(HTTPStatus.UNPROCESSABLE_ENTITY, _sentence(error))
         case RedisRefused() if _had_no_effect(str(error)):
@@ -168,6 +187,10 @@ def _problem(error: PublishRefused | RedisError) -> Problem:
             return Problem(UNAVAILABLE, detail, _RETRY_AFTER)
         case _:
             return Problem(UNAVAILABLE, _UNKNOWN, _RETRY_AFTER)
+
+
+def _retry_after(problem: Problem) -> int:
+    return int(problem.headers.get("Retry-After", "0"))
 
 
 def _had_no_effect(refusal: str) -> bool:

@@ -33,10 +33,19 @@ class ApiKeys:
         if len(given) != 1:
             problem = "more than one" if given else "none"
             raise _refusal(f"One API key is needed in X-API-Key, there is {problem}.")
-        digest = _digest(given[0])
-        # A list, because any() of a generator would stop at the first.
-        if not any([hmac.compare_digest(digest, known) for known in self._digests]):  # noqa: C419
+        if self._index(given[0]) is None:
             raise _refusal("The API key is not one of API_KEYS.")
+
+    def number(self, headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+        """Return which of the keys the request has, counted from 0; None if it has no good one."""
+        given = _given(headers)
+        return self._index(given[0]) if len(given) == 1 else None
+
+    def _index(self, key: bytes) -> int | None:
+        digest = _digest(key)
+        # All of them first: a loop that looks for one would stop where it is.
+        same = [hmac.compare_digest(digest, known) for known in self._digests]
+        return same.index(True) if True in same else None
 
 
 def _given(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:

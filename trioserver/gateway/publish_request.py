@@ -3,7 +3,7 @@
     {"to": {"user": "42"} | {"users": ["42", "43"]} | {"all": true},
      "type": "order.shipped", "payload": any JSON,
      "ttl": 3600 | "1h", "fallback_after": 600 | "10m", "deliver_at": "2026-01-01T08:00:00Z",
-     "idempotency_key": "order-1017", "collapse_key": "order-1017"}
+     "idempotency_key": "order-1017", "collapse_key": "order-1017", "priority": true}
 
 What a shape can say is checked here; whether the values are possible is for
 `trioserver.publisher`, which has the same rules for every way of publishing. Unknown fields are
@@ -50,6 +50,7 @@ class _Body(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     collapse_key: str | None = None
     deliver_at: _Moment | None = None
     fallback_after: _Seconds | None = None
+    priority: bool | None = None
 
 
 _decoder: Final = msgspec.json.Decoder(_Body)
@@ -129,6 +130,8 @@ def _options(body: _Body, headers: list[tuple[bytes, bytes]]) -> Options:
     )
     if body.type is not None:
         options["type"] = body.type
+    if body.priority:
+        options["priority"] = True
     traceparent = _header(headers, b"traceparent")
     # One that is malformed is as good as none, says its specification.
     if _TRACEPARENT.fullmatch(traceparent):
