@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+import attrs
 import hiredis
 
 from bench.client import BenchError
@@ -25,7 +26,10 @@ PAYLOAD: Final = b"\1P"
 TIMEOUT_SECONDS: Final = 10.0
 READ_BYTES: Final = 256 << 10
 
-_RULES: Final = Rules.of(Settings())
+RATE: Final = 1_000_000
+"""NOTIFICATIONS_PER_MINUTE_PER_USER of a measurement: high, and not off."""
+
+RULES: Final = attrs.evolve(Rules.of(Settings()), rate=RATE)
 _USER: Final = "u0"
 
 
@@ -41,7 +45,7 @@ def template() -> bytes:
         id=ID.decode(),
         ttl_ms=round(Settings().notification_ttl * 1000),
     )
-    packed = pack(*ledger.publish(notification, rules=_RULES))
+    packed = pack(*ledger.publish(notification, rules=RULES))
     key = ledger.key("meta", _USER).encode()
     packed = packed.replace(b"$%d\r\n%b" % (len(key), key), KEY)
     for mark in (ID, PAYLOAD):

@@ -16,7 +16,7 @@ from typing import Final, Protocol, TypeVar
 
 import attrs
 
-from bench import machine
+from bench import backend, machine
 from bench.client import BenchError
 from bench.tokens import SECRET
 from supervisor.embedded import find_server
@@ -35,6 +35,14 @@ MIB: Final = 1 << 20
 
 LIMITS: Final[Mapping[str, int | float]] = {
     "WS_MAX_CONNECTIONS": 100_000,
+    "MAX_CONNECTIONS_PER_USER": 1000,
+    "MAX_CONNECTIONS_PER_IP": 100_000,
+    "LIMIT_LOOPBACK": True,
+    "HANDSHAKES_PER_SECOND": 1_000_000,
+    "HANDSHAKES_PER_SECOND_PER_IP": 0.0,
+    "MESSAGES_PER_MINUTE_PER_USER": 1_000_000_000,
+    "NOTIFICATIONS_PER_MINUTE_PER_USER": backend.RATE,
+    "OUTBOX_BUDGET_BYTES": 1024 * MIB,
     "WS_MAX_MESSAGE_SIZE": MIB,
     "NOTIFICATION_MAX_SIZE": MIB,
     "OUTBOX_MAX_BYTES": 64 * MIB,
@@ -44,6 +52,9 @@ LIMITS: Final[Mapping[str, int | float]] = {
     "WS_WRITE_WAIT": 60.0,
 }
 """High, so that none of them ends a measurement, and not off, so that none of them is free.
+
+One is off: all handshakes come from one address, and more of one address than the board counts
+(4,000 a second) are no limit anyway. Its address is looked up all the same, for its connections.
 
 All other settings are the defaults, above all pings, heartbeats, metrics, logs and canary."""
 

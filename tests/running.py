@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,9 @@ READY_SECONDS: Final = 20.0
 POLL_SECONDS: Final = 0.02
 SECRET: Final = "a-secret-for-tests-a-secret-for-tests"
 
+TOKEN_SHAPE: Final = re.compile(r"eyJ[\w-]{8,}\.[\w-]{8,}")
+"""The beginning of a JWT."""
+
 # Fast enough for tests, otherwise as shipped.
 QUICK: Final = {
     "WS_HOST": "127.0.0.1",
@@ -34,6 +38,10 @@ QUICK: Final = {
     "DRAIN_PROPAGATION": "0s",
     "JWT_SECRET_KEY": SECRET,
     "LOG_LEVEL": "info",
+    # Crowds come at once here, and measure with messages. Tests of limits set their own.
+    "HANDSHAKES_PER_SECOND": "0",
+    "MESSAGES_PER_MINUTE_PER_USER": "0",
+    "NOTIFICATIONS_PER_MINUTE_PER_USER": "0",
 }
 
 
@@ -136,6 +144,13 @@ class Running:
         finally:
             self._close()
 
+    def secrets_in_log(self) -> list[str]:
+        """Return the lines of the log that have a token or a secret in them; none should."""
+        log = self.log
+        if SECRET not in log and not TOKEN_SHAPE.search(log):
+            return []
+        return [line for line in log.splitlines() if SECRET in line or TOKEN_SHAPE.search(line)]
+
     def _close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
@@ -156,3 +171,5 @@ def running(
         yield server
     finally:
         server.end(signal.SIGINT)
+    # Whatever a test does to a server, its log never has what would let anybody in.
+    assert [] == server.secrets_in_log()

@@ -67,14 +67,14 @@ class Buckets(Generic[KeyT]):
         self._old: dict[KeyT, float] = {}
         self._since = self._until = -math.inf
 
-    def take(self, key: KeyT, now: float, count: int = 1) -> float:
+    def take(self, key: KeyT, now: float, count: float = 1) -> float:
         """Take ``count`` out of a bucket if they are in it.
 
         Args:
             key: Whose bucket.
             now: Seconds of any clock. One that jumps back costs the keys that were just used
                 their burst, nothing worse.
-            count: How many at once; all or none.
+            count: How many at once, all or none; a fraction for what weighs less.
 
         Returns:
             0.0 if they are taken, else after how many seconds they could be; infinity if the
@@ -102,6 +102,28 @@ class Buckets(Generic[KeyT]):
                 self._turn(now)
             return 0.0
         return at - full if cost <= self._depth else math.inf
+
+    def owe(self, key: KeyT, now: float, count: float) -> float:
+        """Take ``count`` in any case; for what has happened already.
+
+        Args:
+            key: Whose bucket.
+            now: See `take`.
+            count: How much.
+
+        Returns:
+            After how many seconds the bucket would have allowed it; 0.0 if it did. What it did not
+            is forgotten, so that whoever pays by waiting pays once.
+        """
+        wait = self.take(key, now, count)
+        if not wait:
+            return 0.0
+        full = now + self._depth
+        at = max(now, self._young.get(key, self._old.get(key, now)))
+        self._young[key] = full
+        if len(self._young) > self._half:
+            self._turn(now)
+        return at + self._cost * count - full
 
     def _turn(self, now: float) -> None:
         """Drop the old half. Whoever is in it has a full bucket, unless there are too many."""

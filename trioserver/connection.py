@@ -30,10 +30,12 @@ import math
 import socket
 from typing import Final
 
+import attrs
 import trio
 
 from trioserver import frames, messages, session
 from trioserver.auth import Claims
+from trioserver.caller import Caller
 from trioserver.deflate import inflate
 from trioserver.envelope import Entry
 from trioserver.errors import AuthError, CloseReason
@@ -74,10 +76,21 @@ LEAVING_BYTES: Final = 64 << 10
 floods on would otherwise have `CLOSE_SECONDS` of a core."""
 
 EXPIRY_GRACE_SECONDS: Final = 25.0
-"""How long a connection outlives its token: time for a client to come back with a new one."""
+"""How long a connection outlives its token: time for a client to come with a new one."""
+
+EXPIRY_NOTICE_SECONDS: Final = 30.0
+"""How long before its token expires a client is told so."""
+
+REFRESH_WEIGHT: Final = 100
+"""How many requests a ``refresh`` is: a signature is to be checked, and tokens last longer."""
 
 LATENCY_SAMPLE: Final = 0b111
 """One answer in eight is timed: looking at the clock again costs as much as reading the message."""
+
+NOBODY: Final = Caller()
+
+_JUDGED: Final = frozenset({CloseReason.UNAUTHORIZED, CloseReason.OVERLOAD})
+"""How a connection without a user ends whose credential has been looked at."""
 
 RECONNECT_JITTER_MS: Final = 1000
 """``reconnect_in_ms`` of an unplanned goodbye: at random up to this."""
@@ -93,10 +106,12 @@ class Connection:
         greeting: The 101 answer, not sent yet.
         claims: Of the credential in the handshake, or None if one must follow as a message.
         wish: Where the client wants to go on, if its handshake said so.
+        caller: Who it is beside being a user.
         deflate: Whether permessage-deflate was negotiated.
     """
 
     __slots__ = (
+        "_asked",
         "_beat_at",
         "_claims",
         "_control_at",
@@ -112,6 +127,7 @@ class Connection:
         "_leaving_bytes",
         "_message_since",
         "_opened",
+        "_paused_until",
         "_peer_code",
         "_peer_done",
         "_pending",
@@ -120,8 +136,10 @@ class Connection:
         "_scope",
         "_session",
         "_sock",
+        "_warn_at",
         "_wish",
         "bucket",
+        "caller",
         "connection_id",
         "fd",
         "outbox",
@@ -138,11 +156,13 @@ class Connection:
         greeting: bytes,
         claims: Claims | None,
         wish: Wish = NO_WISH,
+        caller: Caller = NOBODY,
         *,
         deflate: bool = False,
     ) -> None:
         now = shared.pump.now
         self.shared = shared
+        self.caller = caller
         self._sock = sock
         self.fd = sock.fileno()
         self.bucket = IDLE
@@ -166,8 +186,9 @@ class Connection:
         self._pending: Pending | None = None
         """What Redis has not confirmed yet."""
         self._follow_by = math.inf
-        self._expires_at = math.inf
-        """When the token and its grace are over, on the pump's clock."""
+        self._expires_at = self._warn_at = math.inf
+        """When the token and its grace are over, on the pump's clock; when the client is to be told
+        that it is about to expire."""
         self._scope: trio.CancelScope | None = None
         self._event: trio.Event | None = None
         """What the task waits for while it says farewell."""
@@ -182,7 +203,11 @@ class Connection:
         self._message_since: float | None = None
         self.pinged: bytes | None = None
         """The payload of our ping that is unanswered."""
-        self._controls = 0.0
+        self._asked = 0
+        """Requests in the read that is being processed, by their weight."""
+        self._paused_until = self._controls = 0.0
+        """Until when the client is not read, because it has asked for too much, 0 if it is; how
+        full its bucket of pings and unasked pongs is."""
         self._control_at = now
         self._progress_at = math.inf
         pace = shared.pace
@@ -198,6 +223,21 @@ class Connection:
     def user(self) -> str | None:
         """Who this is; None while no credential has come."""
         return self._session.user
+
+    @property
+    def claims(self) -> Claims | None:
+        """What its token says; None while no credential has come."""
+        return self._claims
+
+    @property
+    def device(self) -> str:
+        """What the client calls itself; empty if it has no name."""
+        return self._wish.device
+
+    @property
+    def since(self) -> float:
+        """When it began, in seconds since 1970."""
+        return self.shared.wall() - (self.shared.pump.now - self._opened)
 
     # The task's half: everything that awaits.
 
@@ -249,9 +289,10 @@ class Connection:
         else:
             shared.pump.linger(self._sock, self)
         shared.connections.discard(self)
+        shared.board.closed(self.caller.key)
         shared.tally.connections -= 1
         shared.tally.closed(reason, shared.pump.now - self._opened)
-        if self._session.user is None and reason is not CloseReason.UNAUTHORIZED:
+        if self._session.user is None and reason not in _JUDGED:
             shared.tally.auth["missing"] += 1
         shared.log_end(self, reason)
 
@@ -265,6 +306,7 @@ class Connection:
         """
         shared = self.shared
         shared.connections.add(self)
+        shared.board.opened(self.caller.key)
         shared.tally.connections += 1
         shared.tally.opened += 1
         if self._session.user is None:
@@ -286,6 +328,7 @@ class Connection:
         if shared.hub.add(topic, outbox):
             shared.tally.users += 1
         shared.hub.add(shared.broadcast_topic, outbox)
+        shared.registry.enter(self)
         now = shared.pump.now
         self._follow_by = now + FOLLOW_SECONDS
         self._pending = shared.follower.follow(topic)
@@ -315,7 +358,7 @@ class Connection:
         established = frames.encode_text(self._established(where, why))
         outbox.uncork(self._take_greeting() + established + backlog)
         if outbox.empty:
-            self._watch(READ)
+            self._watch(self._wanted())
 
     def _wait_longer(self, now: float) -> None:
         """Answer the handshake although Redis has not, and give up waiting for it in the end."""
@@ -335,9 +378,7 @@ class Connection:
         shared = self.shared
         claims = self._claims
         assert claims is not None  # noqa: S101 - for the type checker: it has a user
-        self._claims = None
-        expires_in = claims.expires_at - shared.wall()
-        self._expires_at = shared.pump.now + max(0.0, expires_in) + EXPIRY_GRACE_SECONDS
+        expires_in = self._live_until(claims.expires_at)
         return messages.encode(
             messages.ConnectionEstablished(
                 connection_id=self.connection_id,
@@ -345,12 +386,22 @@ class Connection:
                 resumed=not why,
                 count=self._session.count,
                 heartbeat_seconds=shared.pace.heartbeat_interval,
-                expires_in=max(0, int(expires_in)),
+                expires_in=expires_in,
                 server_time=shared.stamp(),
                 position=where,
                 reason=why or None,
             )
         )
+
+    def _live_until(self, expires_at: float) -> int:
+        """Let the connection live as long as a token; return its whole seconds from now."""
+        now = self.shared.pump.now
+        seconds = expires_at - self.shared.wall()
+        before, self._expires_at = self._expires_at, now + seconds + EXPIRY_GRACE_SECONDS
+        # Once for each end: a client that comes with the same token again has been told.
+        if self._expires_at > before + 1 or before == math.inf:
+            self._warn_at = now + max(seconds - EXPIRY_NOTICE_SECONDS, seconds / 2)
+        return max(0, int(seconds))
 
     def entered(self, entry: Entry, *, everyone: bool) -> bool:
         """Give an entry of the ledger to the feed; see `outbox.Owner.entered`."""
@@ -409,6 +460,18 @@ class Connection:
             # It may not have been read for a while; now its Close frame matters.
             self._watch(self._interest | READ)
 
+    def shed(self) -> None:
+        """Give up what waits for the client: end it as too slow; or, if it is leaving, just leave.
+
+        Who is leaving keeps what waits until its farewell is over, and could hold the memory of
+        the others with it.
+        """
+        if self.reason is None:
+            self.end(CloseReason.TOO_SLOW)
+        elif self.reason is not CloseReason.TOO_SLOW:
+            self.outbox.finish(b"", drop=True)
+            self._check_settled()
+
     def _goodbye(self, reason: CloseReason, reconnect_in_ms: int | None) -> bytes:
         if reconnect_in_ms is None:
             reconnect_in_ms = self.shared.rng.randrange(RECONNECT_JITTER_MS)
@@ -426,6 +489,7 @@ class Connection:
         shared = self.shared
         topic = shared.user_topic(user)
         shared.hub.remove(shared.broadcast_topic, self.outbox)
+        shared.registry.leave(self)
         if shared.hub.remove(topic, self.outbox):
             shared.tally.users -= 1
             shared.follower.release(topic)
@@ -451,15 +515,8 @@ class Connection:
         decoder = self._decoder
         events = decoder.receive(data)
         if self.reason is not None:
-            # Leaving: of all that may still come only a receipt and the Close frame matter.
-            for opcode, payload in events:
-                if opcode == frames.PONG:
-                    self._take_receipt(payload, now)
             self._leaving_bytes += len(data)
-            if decoder.failure is not None or self._leaving_bytes > LEAVING_BYTES:
-                self._peer_done = True
-                self._watch(self._interest & ~READ)
-            self._check_settled()
+            self._receive_last(events, now)
             return
         verdict = self._process(events, now)
         if decoder.failure is not None:
@@ -473,8 +530,50 @@ class Connection:
         elif self._message_since is None:
             self._message_since = now
             shared.pump.wheel.hasten(self, now + MESSAGE_SECONDS)
+        if self._asked:
+            self._pause(now)
         if self.outbox.crowded and not self._session.closed:
             self._watch(0 if self.outbox.corked else WRITE)
+
+    def _receive_last(self, events: list[frames.Event], now: float) -> None:
+        """Process what comes while leaving: only a receipt and the Close frame matter."""
+        for opcode, payload in events:
+            if opcode == frames.PONG:
+                self._take_receipt(payload, now)
+        if self._decoder.failure is not None or self._leaving_bytes > LEAVING_BYTES:
+            self._peer_done = True
+            self._watch(self._interest & ~READ)
+        self._check_settled()
+
+    def _pause(self, now: float) -> None:
+        """Stop reading a client that has asked for too much, until that has been made up for.
+
+        It loses nothing by it, and need not know: it is only slowed down.
+        """
+        asked, self._asked = self._asked, 0
+        wait = self.shared.requests.owe(self._session.user or "", now, asked)
+        if self.reason is not None:
+            return
+        if wait:
+            self._paused_until = now + wait
+            self.shared.pump.wheel.hasten(self, self._paused_until)
+        if not self._wanted():
+            self._watch(self._interest & ~READ)
+
+    def _wanted(self) -> int:
+        """Return what to watch the socket for while nothing waits to be sent."""
+        if self._peer_done:
+            return 0
+        if self.reason is not None:
+            return READ  # For its Close frame.
+        feed = self._feed
+        held_up = self._paused_until or (feed is not None and feed.asks_too_much)
+        return 0 if held_up else READ
+
+    def resume(self) -> None:
+        """Read from the client again, unless there is another reason not to."""
+        if self.reason is None and self.outbox.empty:
+            self._watch(self._wanted())
 
     def _process(  # noqa: C901 - the hot loop; a call more costs 60 ns per message
         self, events: list[frames.Event], now: float
@@ -488,7 +587,7 @@ class Connection:
             if opcode == frames.TEXT:
                 self._message_since = None
                 tally.messages_in += 1
-                action = self._session.receive(payload, now, shared.stamp())
+                action = self._session.receive(payload, now, shared.stamp(), shared.rates)
                 if type(action) is session.Send:
                     # The usual one first, and by identity: a class pattern costs 0.3 µs.
                     tally.messages_out += 1
@@ -520,30 +619,28 @@ class Connection:
     def _perform(self, action: session.Action | None, replies: list[bytes]) -> CloseReason | None:
         """Do what the session has decided; return how the connection ends, if it does."""
         match action:
+            case session.Answer(data):
+                self._asked += 1
+                self.shared.tally.messages_out += 1
+                replies.append(frames.encode_text(data))
             case session.SendError(data, code):
                 replies.append(frames.encode_text(data))
                 self.shared.tally.error(code)
             case session.Authenticate(token, wish):
                 return self._authenticate(token, wish, replies)
-            case session.Acknowledge() | session.MarkRead():
-                self._tell_ledger(action, replies)
+            case session.Refresh(token, ref):
+                return self._refresh(token, ref, replies)
+            case session.Acknowledge(seq, which, ref):
+                self._asked += 1
+                if self._feed is not None:
+                    self._feed.acknowledge(seq, which, ref)
+            case session.MarkRead(ids, up_to, ref):
+                self._asked += max(1, len(ids))
+                if self._feed is not None:
+                    self._feed.mark_read(ids, up_to, ref)
             case session.Close(reason):
                 return reason
         return None
-
-    def _tell_ledger(
-        self, action: session.Acknowledge | session.MarkRead, replies: list[bytes]
-    ) -> None:
-        """Pass on what the client has handled or read, unless it asks for too much at once."""
-        feed = self._feed
-        if feed is None or feed.asks_too_much:
-            error = messages.Error("too_many", "too many requests are under way", ref=action.ref)
-            replies.append(frames.encode_text(messages.encode(error)))
-            self.shared.tally.error("too_many")
-        elif isinstance(action, session.Acknowledge):
-            feed.acknowledge(action.seq, action.id, action.ref)
-        else:
-            feed.mark_read(action.ids, action.up_to, action.ref)
 
     def _control(self, opcode: int, payload: bytes, now: float) -> CloseReason | None:
         """Count a ping or pong; return how the connection ends if there are too many.
@@ -568,24 +665,60 @@ class Connection:
         return True
 
     def _authenticate(self, token: str, wish: Wish, replies: list[bytes]) -> CloseReason | None:
-        shared = self.shared
         try:
-            claims = shared.verifier.verify(token, shared.wall())
+            claims = self.shared.verify(token)
         except AuthError as error:
-            shared.tally.auth[error.outcome] += 1
-            return CloseReason.UNAUTHORIZED
-        shared.tally.auth["ok"] += 1
+            if not error.retry_after:
+                return CloseReason.UNAUTHORIZED
+            # Its key is not known yet: the client is to come again, not to throw its token away.
+            self.end(CloseReason.OVERLOAD, reconnect_in_ms=error.retry_after * 1000)
+            return CloseReason.OVERLOAD
         self._claims = claims
         self._wish = wish
-        self._session.authenticated(claims.user)
+        if wish.client_type:
+            self.caller = attrs.evolve(self.caller, client_type=wish.client_type)
         # What was said to the nameless client goes out; what follows waits for the first message.
         if replies:
             self.outbox.offer(b"".join(replies))
             replies.clear()
+        if self.reason is not None:
+            # It was gone when we answered: what has ended must not enter anywhere.
+            return None
         if not self.outbox.empty:
             # Nameless, and it does not even read what was wrong with its messages.
             return CloseReason.TOO_SLOW
+        self._session.authenticated(claims.user)
         self._enter(claims.user)
+        return None
+
+    def _refresh(self, token: str, ref: str | None, replies: list[bytes]) -> CloseReason | None:
+        """Go on with another token of the same user; a bad one changes nothing."""
+        self._asked += REFRESH_WEIGHT
+        error = None
+        try:
+            claims = self.shared.verify(token)
+        except AuthError as problem:
+            wait = problem.retry_after
+            error = (
+                messages.Error("unavailable", "its key is not known yet", wait * 1000, ref)
+                if wait
+                else messages.Error("invalid_token", "the token was not accepted", None, ref)
+            )
+        if error is not None:
+            self.shared.tally.error(error.code)
+            replies.append(frames.encode_text(messages.encode(error)))
+            return None
+        if claims.user != self._session.user:
+            return CloseReason.FORBIDDEN
+        self._claims = claims
+        if self.outbox.corked:
+            # The first message will say how long this one lives.
+            expires_in = max(0, int(claims.expires_at - self.shared.wall()))
+        else:
+            expires_in = self._live_until(claims.expires_at)
+            self.hasten(self._next_moment())
+        refreshed = messages.TokenRefreshed(expires_in, ref)
+        replies.append(frames.encode_text(messages.encode(refreshed)))
         return None
 
     def writable(self) -> None:
@@ -599,7 +732,7 @@ class Connection:
         if outbox.empty:
             self._progress_at = math.inf
             self.shared.blocked.discard(self)
-            self._watch(0 if self._peer_done else READ)
+            self._watch(self._wanted())
             self._check_settled()
             if self._feed is not None and self.reason is None:
                 self._feed.read_on()
@@ -655,6 +788,12 @@ class Connection:
         if reason is not None:
             self.end(reason)
             return
+        if self._paused_until and now >= self._paused_until:
+            self._paused_until = 0.0
+            self._heard = now
+            if self._message_since is not None:
+                self._message_since = now
+            self.resume()
         if self.outbox.corked:
             self._wait_longer(now)
         elif self._feed is not None:
@@ -682,6 +821,11 @@ class Connection:
             if live:
                 beat = messages.Heartbeat(self.shared.stamp())
                 signs = frames.encode_text(messages.encode(beat)) + signs
+        if live and now >= self._warn_at:
+            left = self._expires_at - EXPIRY_GRACE_SECONDS - now
+            self._warn_at = math.inf
+            notice = messages.TokenExpiring(max(0, round(left)))
+            signs = frames.encode_text(messages.encode(notice)) + signs
         return signs
 
     def _overdue(self, now: float) -> CloseReason | None:
@@ -698,7 +842,7 @@ class Connection:
         if self._session.user is None:
             patience = pace.auth_timeout or math.inf
             deadlines.append((self._opened + patience, CloseReason.AUTH_TIMEOUT))
-        if self._message_since is not None:
+        if self._message_since is not None and not self._paused_until:
             deadlines.append((self._message_since + MESSAGE_SECONDS, CloseReason.POLICY))
         silence = pace.pong_wait if pace.ping_interval else pace.idle_timeout
         if silence:
@@ -712,4 +856,6 @@ class Connection:
             nearest = min(nearest, self._follow_by - FOLLOW_SECONDS + patience)
         elif self._feed is not None:
             nearest = min(nearest, self._feed.next_moment())
-        return min(nearest, self._ping_at, self._beat_at)
+        if self._paused_until:
+            nearest = min(nearest, self._paused_until)
+        return min(nearest, self._ping_at, self._beat_at, self._warn_at)

@@ -50,7 +50,8 @@ MAX_PING: Final = 125
 """Bytes of a ping's payload (RFC 6455 5.5)."""
 
 MAX_ASKS: Final = 32
-"""Requests to the ledger that one client may have under way."""
+"""Requests to the ledger that one client may have under way; then it is not read until they are
+answered. What came in the same read is taken all the same."""
 
 _OWN, _EVERYONE = 1, 2
 
@@ -77,6 +78,9 @@ class Host(Protocol):
 
     def hasten(self, when: float) -> None:
         """Call `Feed.due` then, or before."""
+
+    def resume(self) -> None:
+        """Read from the client again, if it was not because of `Feed.asks_too_much`."""
 
     def failed(self, bug: Exception) -> None:
         """End after a bug."""
@@ -527,6 +531,11 @@ class Feed:
         """Whether its client has to wait for answers before it may ask for more."""
         return self._asks >= MAX_ASKS
 
+    def _answered_one(self) -> None:
+        self._asks -= 1
+        if self._asks == MAX_ASKS - 1:
+            self._host.resume()
+
     def acknowledge(self, seq: int, which: str, ref: str | None) -> None:
         """Tell the ledger that the client has handled all up to this one."""
         progress = self._progress or self._make_progress()
@@ -555,7 +564,7 @@ class Feed:
 
     def acked(self, seq: int, ref: str | None) -> None:
         """Take note that the ledger knows of an ack; see `receipts.Asker`."""
-        self._asks -= 1
+        self._answered_one()
         progress = self._progress
         known = min(seq, position.seq_of(self._own.point or position.NOWHERE))
         if progress is not None and known > progress.acked_seq:
@@ -566,13 +575,13 @@ class Feed:
 
     def marked(self, unread: int, ref: str | None) -> None:
         """Take note that the ledger knows what was read; see `receipts.Asker`."""
-        self._asks -= 1
+        self._answered_one()
         if ref is not None:
             self._host.answer(messages.encode(messages.Marked(unread, ref)))
 
     def untold(self, ref: str | None) -> None:
         """Say that the ledger could not be told; see `receipts.Asker`."""
-        self._asks -= 1
+        self._answered_one()
         if ref is None:
             return  # nobody has asked for an answer; what was acknowledged is told later
         self._host.shared.tally.error("unavailable")

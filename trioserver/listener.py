@@ -1,12 +1,11 @@
 """The listener: who comes in. Takes accepted sockets to a connection, or to a refusal.
 
-A socket that has not proved itself is an `Arrival`: an entry in the pump and one on the timer
-wheel, no task, no nursery. The whole handshake, from accept to the last byte of the head, has one
-deadline (``HANDSHAKE_TIMEOUT``), which trickling bytes do not extend.
+A socket that has not proved itself is an `arrival.Arrival`.
 
 Order of the questions, cheapest first: is the head well formed, is the path ours, is it a
-WebSocket handshake, is there room, is the token good. Whoever is refused gets an HTTP answer at
-once and is never queued.
+WebSocket handshake, whose web page is it from, is there room and does it come too fast (for the
+server and for its address), is the token good. Whoever is refused gets an HTTP answer at once and
+is never queued.
 
 Beside WebSocket, the public port answers three small GETs about this worker: ``/healthz``,
 ``/readyz`` and ``/health``. All other HTTP is the gateway's.
@@ -14,33 +13,55 @@ Beside WebSocket, the public port answers three small GETs about this worker: ``
 
 import contextlib
 import itertools
-import math
 import socket
+import ssl
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 import attrs
 import trio
 
 from trioserver import handshake, health
+from trioserver.arrival import CROWDED, RETRY_AFTER_SECONDS, Arrival
 from trioserver.auth import Claims
+from trioserver.caller import Caller, caller
 from trioserver.connection import Connection
 from trioserver.errors import AuthError, ClientError
 from trioserver.handshake import Refusal, Request
 from trioserver.origins import Origins
+from trioserver.peers import Peers, peer_address
+from trioserver.response_heads import request_id
 from trioserver.shared import Shared
-from trioserver.timers import IDLE
-from trioserver.wish import NO_WISH, Wish, of_query
-
-READ_BYTES: Final = 16 << 10
-
-RETRY_AFTER_SECONDS: Final = 2
-"""What a client is told that was refused for want of room."""
+from trioserver.wish import Wish, of_query
 
 _FULL: Final = Refusal(503, "the server is full", (("Retry-After", str(RETRY_AFTER_SECONDS)),))
 """Only ever asked for its response, never raised: a raised one would collect tracebacks."""
 
+_LIMITS: Final = {
+    "connections": "the server is full",
+    "address_connections": "too many connections from this address",
+    "handshakes": "too many handshakes, come again",
+    "address_handshakes": "too many handshakes from this address",
+}
+"""What a client is told about the limits of `board`."""
+
+TLS_PER_ROUND: Final = 8
+"""Steps of TLS handshakes in one round of the pump. One costs 0.2 (ECDSA) to 0.7 ms (RSA), and
+those who are connected are not to wait for hundreds of them."""
+
 _CHALLENGE: Final = (("WWW-Authenticate", 'Bearer realm="trioserver"'),)
+
+
+class Admitted(NamedTuple):
+    """A handshake that is accepted."""
+
+    upgrade: handshake.Upgrade
+    claims: Claims | None
+    """None if a credential must follow as a message."""
+    wish: Wish
+    caller: Caller
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -56,6 +77,11 @@ class Listener:
         handshake_timeout: Seconds for a whole handshake; 0 means no limit.
         query_token: Whether ``?token=`` is looked at.
         origins: Whose web pages may connect.
+        peers: From whose address a client comes.
+        max_arrivals_per_address: Sockets of one address that may be in handshakes at once, so that
+            nobody takes all descriptors by saying nothing. 0 means no limit.
+        tls: How the public port speaks TLS; None if it does not.
+        log_refused: Called with each refusal and the id of its request, if that is known.
         pages: Bodies of the small GETs: path to a function giving status, type and body.
     """
 
@@ -66,11 +92,20 @@ class Listener:
     handshake_timeout: float
     query_token: bool
     origins: Origins = attrs.field(factory=lambda: Origins(None))
+    peers: Peers = attrs.field(factory=Peers)
+    max_arrivals_per_address: int = 0
+    tls: ssl.SSLContext | None = None
     pages: dict[str, Callable[[], tuple[int, str, bytes]]]
+    log_refused: Callable[[Refusal, str], None] = lambda _refusal, _request_id: None
     draining: bool = attrs.field(default=False, init=False)
     """Whether WebSocket handshakes are refused with 503."""
-    arrivals: "set[Arrival]" = attrs.field(factory=set, init=False)
+    arrivals: set[Arrival] = attrs.field(factory=set, init=False)
     """Sockets whose handshake is not finished."""
+    _arriving: Counter[int] = attrs.field(factory=Counter, init=False)
+    """How many of them each address has that is limited."""
+    _round: float = attrs.field(default=0.0, init=False)
+    _steps: int = attrs.field(default=0, init=False)
+    """Steps of TLS handshakes in the round that began then."""
     _no_arrivals: trio.Event = attrs.field(factory=trio.Event, init=False)
     _nursery: trio.Nursery | None = attrs.field(default=None, init=False)
     _numbers: "itertools.count[int]" = attrs.field(factory=itertools.count, init=False)
@@ -84,20 +119,76 @@ class Listener:
         """Give the connections their place to live; before the first `admit`."""
         self._nursery = nursery
 
-    def admit(self, sock: socket.socket) -> None:
-        """Take charge of an accepted, non-blocking socket; refuse it when descriptors run out."""
-        if 0 < self.max_sockets <= len(self.shared.pump):
-            # No lingering: that would keep the very descriptor that is needed.
-            self.shared.tally.refused(_FULL.status)
-            with contextlib.suppress(OSError):
-                sock.send(_FULL.response())
-            sock.close()
-            return
-        self.arrivals.add(Arrival(self, sock))
+    def admit(self, sock: socket.socket, name: object) -> None:
+        """Take charge of an accepted socket, or refuse it when there is no room for its handshake.
 
-    def left(self, arrival: "Arrival") -> None:
+        Args:
+            sock: Non-blocking.
+            name: The address of its peer, as accept(2) reports it.
+        """
+        peer = peer_address(name)
+        # Who is connected may be a proxy with everybody's connections.
+        key = None if self.peers.trusts(peer) else self.peers.key(peer)
+        if 0 < self.max_sockets <= len(self.shared.pump):
+            self._turn_away(sock, _FULL)
+        elif self._crowded(key):
+            self._turn_away(sock, CROWDED)
+        else:
+            try:
+                arrival = Arrival(self, sock, peer)
+            except OSError:
+                # The kernel has no room for one more in the epoll.
+                self._turn_away(sock, _FULL)
+                return
+            self.arrivals.add(arrival)
+            self._count(arrival, key)
+
+    def _crowded(self, key: int | None) -> bool:
+        return key is not None and 0 < self.max_arrivals_per_address <= self._arriving[key]
+
+    def _count(self, arrival: Arrival, key: int | None) -> None:
+        arrival.key = key
+        if key is not None:
+            self._arriving[key] += 1
+
+    def comes_from(self, arrival: Arrival, address: int) -> bool:
+        """Count an arrival under the address that its proxy has named; return whether it may."""
+        key = self.peers.key(address)
+        if self._crowded(key):
+            return False
+        self._count(arrival, key)
+        return True
+
+    def _turn_away(self, sock: socket.socket, refusal: Refusal) -> None:
+        """Refuse a socket at once, without lingering: that would keep its descriptor."""
+        self.refused(refusal)
+        with sock, contextlib.suppress(OSError):
+            if self.tls is None:
+                sock.send(refusal.response())
+
+    def refused(self, refusal: Refusal, request_id: str = "") -> None:
+        """Count a refusal, and have it logged."""
+        self.shared.tally.refused(refusal.status)
+        self.log_refused(refusal, request_id)
+
+    def may_step(self) -> bool:
+        """Return whether one more step of a TLS handshake fits into this round of the pump."""
+        now = self.shared.pump.now
+        if now != self._round:
+            self._round = now
+            self._steps = 0
+        self._steps += 1
+        return self._steps <= TLS_PER_ROUND
+
+    def left(self, arrival: Arrival) -> None:
         """Note that a handshake is over, whatever came of it. Idempotent."""
-        self.arrivals.discard(arrival)
+        if arrival in self.arrivals:
+            self.arrivals.discard(arrival)
+            key = arrival.key
+            if key is not None:
+                self._arriving[key] -= 1
+                if not self._arriving[key]:
+                    del self._arriving[key]
         if not self.arrivals:
             self._no_arrivals.set()
 
@@ -119,21 +210,35 @@ class Listener:
         if request.method not in {"GET", "HEAD"}:
             raise Refusal(405, "only GET is answered here", (("Allow", "GET, HEAD"),))
         status, content_type, body = page()
-        return health.small_response(status, body, content_type, head=request.method == "HEAD")
+        given = request.headers.get(b"x-request-id")
+        return health.small_response(
+            status,
+            body,
+            content_type,
+            head=request.method == "HEAD",
+            request_id=request_id([] if given is None else [given]),
+            secure=self.tls is not None,
+        )
 
-    def judge(self, request: Request) -> tuple[handshake.Upgrade, Claims | None, Wish]:
-        """Decide about a handshake on ``/ws``; None for claims if credentials must follow.
+    def judge(self, request: Request, peer: int) -> Admitted:
+        """Decide about a handshake on ``/ws``. Nothing may be awaited between this and `start`.
+
+        Args:
+            request: The handshake.
+            peer: Who is connected to us.
 
         Raises:
             Refusal: Anything but a yes.
         """
         upgrade = handshake.upgrade(request, may_deflate=self.shared.compressor is not None)
         host = request.header(b"host") or ""
-        if not self.origins.allows(request.header(b"origin"), host):
+        secure = self.tls is not None
+        if not self.origins.allows(request.header(b"origin"), host, secure=secure):
             raise Refusal(403, "pages of this origin may not connect (WS_ALLOWED_ORIGINS)")
-        if self.draining or 0 < self.max_connections <= len(self.connections):
-            why = "the server is going away" if self.draining else "the server is full"
-            raise Refusal(503, why, (("Retry-After", str(RETRY_AFTER_SECONDS)),))
+        peers = self.peers
+        address = peers.client(peer, request.header(peers.header))
+        key = peers.key(address)
+        self._make_room(key)
         parameters = request.parameters()
         try:
             wish = of_query(parameters)
@@ -143,49 +248,51 @@ class Listener:
         if claims is None and upgrade.extension is not None:
             # Inflating is work, and nobody may ask for it who has not said who he is.
             upgrade = attrs.evolve(upgrade, extension=None)
-        return upgrade, claims, wish
+        agent = request.header(b"user-agent") or ""
+        return Admitted(upgrade, claims, wish, caller(address, key, agent, wish.client_type))
+
+    def _make_room(self, key: int | None) -> None:
+        """Refuse who is too many or too fast, by the address that counts; count who is not.
+
+        Raises:
+            Refusal: 503 or 429.
+        """
+        if self.draining or 0 < self.max_connections <= len(self.connections):
+            why = "the server is going away" if self.draining else _LIMITS["connections"]
+            raise Refusal(503, why, (("Retry-After", str(RETRY_AFTER_SECONDS)),))
+        refused = self.shared.board.admit(key, time.monotonic())
+        if refused is not None:
+            raise Refusal(
+                refused.status, _LIMITS[refused.why], (("Retry-After", str(refused.retry_after)),)
+            )
 
     def _authenticate(self, token: str | None, parameters: Mapping[str, str]) -> Claims | None:
-        shared = self.shared
-        auth = shared.tally.auth
         if token is None:
             token = parameters.get("token")
             if token is None:
                 return None
             if not self.query_token:
-                auth["invalid"] += 1
+                self.shared.tally.auth["invalid"] += 1
                 raise Refusal(401, "tokens in the query are turned off", _CHALLENGE)
         try:
-            claims = shared.verifier.verify(token, shared.wall())
+            return self.shared.verify(token)
         except AuthError as error:
-            auth[error.outcome] += 1
+            if error.retry_after:
+                later = (("Retry-After", str(error.retry_after)),)
+                raise Refusal(503, "the key of this token is not known yet", later) from None
             raise Refusal(401, "the token was not accepted", _CHALLENGE) from None
-        auth["ok"] += 1
-        return claims
 
-    def start(
-        self,
-        sock: socket.socket,
-        greeting: bytes,
-        claims: Claims | None,
-        early: bytes,
-        wish: Wish = NO_WISH,
-        *,
-        deflate: bool = False,
-    ) -> None:
+    def start(self, sock: socket.socket, admitted: Admitted, early: bytes) -> None:
         """Turn a registered socket into a connection with a task of its own.
 
         Args:
             sock: Registered in the pump; the connection takes over.
-            greeting: The 101 answer.
-            claims: Of its credential, or None if that must follow as a message.
+            admitted: What `judge` has said.
             early: Bytes that came behind the request head.
-            wish: Where the client wants to go on.
-            deflate: Whether permessage-deflate was negotiated.
         """
         nursery = self._nursery
         assert nursery is not None  # noqa: S101 - for the type checker: open() came first
-        connection = self.connection(sock, greeting, claims, wish, deflate=deflate)
+        connection = self.connection(sock, admitted)
         self.shared.pump.replace(connection)
         nursery.start_soon(connection.run)
         try:
@@ -194,118 +301,16 @@ class Listener:
             self.shared.log_bug("handshake", bug)
             connection.failed(bug)
 
-    def connection(
-        self,
-        sock: socket.socket,
-        greeting: bytes,
-        claims: Claims | None,
-        wish: Wish,
-        *,
-        deflate: bool,
-    ) -> Connection:
+    def connection(self, sock: socket.socket, admitted: Admitted) -> Connection:
         """Make the connection for `start`; a test server makes one of its own kind."""
-        connection_id = f"{self.worker_id}-{next(self._numbers):x}"
-        return Connection(self.shared, sock, connection_id, greeting, claims, wish, deflate=deflate)
-
-
-class Arrival:
-    """A socket whose request head is not complete yet."""
-
-    __slots__ = ("_buffer", "_listener", "_sock", "bucket", "fd")
-
-    def __init__(self, listener: Listener, sock: socket.socket) -> None:
-        self._listener = listener
-        self._sock = sock
-        self._buffer: bytearray | None = None
-        """The beginning of a head whose end has not come."""
-        self.fd = sock.fileno()
-        self.bucket = IDLE
-        pump = listener.shared.pump
-        pump.register(self)
-        pump.wheel.schedule(self, pump.now + (listener.handshake_timeout or math.inf))
-
-    def readable(self) -> None:
-        """Take bytes of the head; answer when it is complete."""
-        try:
-            data = self._sock.recv(READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._drop()
-            return
-        self._listener.shared.tally.bytes_in += len(data)
-        known = 0
-        buffer = self._buffer
-        if buffer is not None:
-            known = len(buffer)
-            buffer += data
-        try:
-            end = handshake.head_end(data if buffer is None else buffer, known)
-            if not end:
-                self._buffer = bytearray(data) if buffer is None else buffer
-                return
-            if buffer is not None:
-                data = bytes(buffer)
-            self._complete(handshake.parse(data[:end]), data[end:])
-        except Refusal as refusal:
-            self._refuse(refusal)
-
-    def _complete(self, request: Request, rest: bytes) -> None:
-        listener = self._listener
-        if request.path != "/ws":
-            self._answer(listener.answer(request))
-            return
-        upgrade, claims, wish = listener.judge(request)
-        listener.left(self)
-        listener.shared.pump.wheel.cancel(self)
-        listener.start(
-            self._sock,
+        upgrade, claims, wish, who = admitted
+        return Connection(
+            self.shared,
+            sock,
+            f"{self.worker_id}-{next(self._numbers):x}",
             upgrade.response(),
             claims,
-            rest,
             wish,
+            who,
             deflate=upgrade.extension is not None,
         )
-
-    def _refuse(self, refusal: Refusal) -> None:
-        self._listener.shared.tally.refused(refusal.status)
-        self._answer(refusal.response())
-
-    def _answer(self, response: bytes) -> None:
-        """Say it and close. A fresh socket has room for the few hundred bytes of an answer."""
-        pump = self._listener.shared.pump
-        self._listener.left(self)
-        pump.wheel.cancel(self)
-        try:
-            self._sock.send(response)
-        except OSError:
-            self._drop()
-            return
-        pump.linger(self._sock, self)
-
-    def _drop(self) -> None:
-        pump = self._listener.shared.pump
-        self._listener.left(self)
-        pump.wheel.cancel(self)
-        pump.forget(self)
-        self._sock.close()
-
-    def due(self, now: float) -> None:  # noqa: ARG002 - the moment itself is the message
-        """Give up on a head that does not come."""
-        if not self._listener.shared.pump.holds(self):
-            # It came, or the client went, while this moment was on its way.
-            return
-        self._refuse(Refusal(408, "the request head did not arrive in time"))
-
-    def writable(self) -> None:
-        """Never asked for."""
-
-    def hung_up(self) -> None:
-        """Note that the client is gone."""
-        self._drop()
-
-    def failed(self, bug: Exception) -> None:  # noqa: ARG002 - logged by the pump
-        """End after a bug."""
-        self._refuse(Refusal(500, "internal error"))

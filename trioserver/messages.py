@@ -25,6 +25,13 @@ MAX_POSITION: Final = 256
 Device = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_DEVICE, pattern=r"^[!-~]+\Z")]
 """What a client calls itself, always the same on one device: visible ASCII without spaces."""
 
+MAX_CLIENT_TYPE: Final = 32
+
+ClientType = Annotated[
+    str, msgspec.Meta(min_length=1, max_length=MAX_CLIENT_TYPE, pattern=r"^[A-Za-z0-9._-]+\Z")
+]
+"""What kind of client it is, in its own words; for operators and presence."""
+
 NotificationId = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9-]+\Z")]
 Seq = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
 
@@ -52,6 +59,14 @@ class Auth(msgspec.Struct, frozen=True, gc=False, tag="auth"):
     device: Device | None = None
     position: Annotated[str, msgspec.Meta(max_length=MAX_POSITION)] | None = None
     ack: bool = False
+    client_type: ClientType | None = None
+    ref: Ref | None = None
+
+
+class Refresh(msgspec.Struct, frozen=True, gc=False, tag="refresh"):
+    """A new token for the same user, on the open connection."""
+
+    token: str
     ref: Ref | None = None
 
 
@@ -84,7 +99,7 @@ class Read(msgspec.Struct, frozen=True, gc=False, tag="read"):
     ref: Ref | None = None
 
 
-ClientMessage = Auth | Message | Ping | Ack | Read
+ClientMessage = Auth | Refresh | Message | Ping | Ack | Read
 
 
 class ConnectionEstablished(
@@ -103,6 +118,22 @@ class ConnectionEstablished(
     position: str | None = None
     """The point from which this connection is served: before what it has missed."""
     reason: str | None = None
+
+
+class TokenExpiring(msgspec.Struct, frozen=True, gc=False, tag="token_expiring"):
+    """The token is about to expire: `Refresh` it, or be closed some time after."""
+
+    expires_in: int
+    """Seconds until the token expires."""
+
+
+class TokenRefreshed(
+    msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="token_refreshed"
+):
+    """The answer to `Refresh`."""
+
+    expires_in: int
+    ref: str | None = None
 
 
 class MessageResponse(
@@ -229,7 +260,7 @@ _published_decoder = msgspec.json.Decoder(_Published)
 encode = msgspec.json.Encoder().encode
 """Return the JSON of any server message, as UTF-8 bytes."""
 
-_known_types: Final = frozenset({"auth", "message", "ping", "ack", "read"})
+_known_types: Final = frozenset({"auth", "refresh", "message", "ping", "ack", "read"})
 
 
 def decode(text: bytes) -> ClientMessage:

@@ -7,7 +7,8 @@ Rules
       socket is aborted: half a frame would make every later byte garbage.
     * Waiting bytes and frames are bounded. The frame that would pass a bound is refused, the
       outbox is closed, and its owner is told once, from outside: the reader of this socket is
-      precisely the one that does not move, so nothing may wait for it.
+      precisely the one that does not move, so nothing may wait for it. What waits in all
+      outboxes together is bounded as well, by a `Budget`.
     * While corked, everything waits: the first message of a connection is not ready yet.
     * `offer` never raises. It returns False after overflow, a broken socket, or `finish`.
 
@@ -18,12 +19,14 @@ object in ten thousand outboxes.
 import socket
 import sys
 from collections import deque
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import attrs
 
 from trioserver.deflate import Compressor
 from trioserver.envelope import Entry
+from trioserver.tls import TlsSocket
 
 MAX_VECTOR: Final = 64
 """Frames handed to one ``sendmsg``; well below the kernel's IOV_MAX of 1,024."""
@@ -31,6 +34,40 @@ MAX_VECTOR: Final = 64
 CROWD_BYTES: Final = 1 << 20
 CROWD_FRAMES: Final = 256
 """What `Outbox.crowded` reckons with where there is no limit."""
+
+
+class Budget:
+    """What waits in all outboxes of a worker together.
+
+    Args:
+        limit: Bytes that may wait; 0 means no limit.
+    """
+
+    __slots__ = ("_ask_at", "_asking", "limit", "on_exceeded", "used")
+
+    def __init__(self, limit: int = 0) -> None:
+        self.limit = limit or sys.maxsize
+        self.used = 0
+        """Bytes that wait now. A frame that waits in several outboxes counts in each."""
+        self.on_exceeded: Callable[[], None] = lambda: None
+        """Called when more waits than may: must make room, synchronously, and not raise. It is
+        not called again for what waits on its account, such as farewells, nor for every byte more
+        if it found no room to make."""
+        self._asking = False
+        self._ask_at = self.limit
+
+    def take(self, count: int) -> None:
+        """Note that so many bytes more wait, or fewer if it is negative."""
+        self.used += count
+        if self.used <= self.limit:
+            self._ask_at = self.limit
+        elif self.used > self._ask_at and not self._asking:
+            self._asking = True
+            try:
+                self.on_exceeded()
+            finally:
+                self._asking = False
+            self._ask_at = max(self.limit, self.used + (self.limit >> 4))
 
 
 @attrs.frozen(kw_only=True)
@@ -42,6 +79,9 @@ class OutboxLimits:
 
     max_frames: int = 256
     """Frames waiting; small frames cost memory too."""
+
+    budget: Budget = attrs.field(factory=Budget)
+    """What may wait for all of them together."""
 
     largest: int = attrs.field(init=False)
     """Bytes of the largest frame that is accepted at all: what may not wait must not begin."""
@@ -142,8 +182,9 @@ class Outbox:
         if sent != len(frame):
             self._waiting = deque((frame,))
             self._offset = sent
-            self.waiting_bytes = len(frame) - sent
             self._owner.blocked()
+            self._hold(len(frame) - sent)
+            return not self.closed
         return True
 
     def cork(self) -> None:
@@ -155,7 +196,7 @@ class Outbox:
         """Send ``first``, then what has waited, and from now on what is offered."""
         held, self._waiting = self._waiting, None
         self.corked = False
-        self.waiting_bytes = 0
+        self._hold(-self.waiting_bytes)
         self.offer(first)
         for frame in held or ():
             self.offer(frame)
@@ -193,8 +234,13 @@ class Outbox:
             self._owner.overflowed()
             return False
         waiting.append(frame)
-        self.waiting_bytes += len(frame)
-        return True
+        self._hold(len(frame))
+        return not self.closed
+
+    def _hold(self, count: int) -> None:
+        """Note that so many bytes more wait here. May close this very outbox."""
+        self.waiting_bytes += count
+        self._limits.budget.take(count)
 
     def flush(self) -> bool:
         """Give the kernel what it takes; return whether it took anything.
@@ -222,7 +268,7 @@ class Outbox:
         return sent > 0
 
     def _sent(self, waiting: deque[bytes], count: int) -> None:
-        self.waiting_bytes -= count
+        self._hold(-count)
         count += self._offset
         while waiting and count >= len(waiting[0]):
             count -= len(waiting.popleft())
@@ -245,9 +291,9 @@ class Outbox:
             return
         if drop and self._waiting is not None:
             # Without an offset the first frame has not been begun and goes with the rest.
-            begun = self._waiting[0] if self._offset else b""
+            begun = self._waiting[0] if self._offset or self._record_begun else b""
             self._waiting = deque((begun,)) if begun else None
-            self.waiting_bytes = len(begun) - self._offset if begun else 0
+            self._hold(max(0, len(begun) - self._offset) - self.waiting_bytes)
         self.closed = True
         if not last:
             return
@@ -258,7 +304,7 @@ class Outbox:
             self.uncork(last)
         elif self._waiting is not None:
             self._waiting.append(last)
-            self.waiting_bytes += len(last)
+            self._hold(len(last))
         else:
             self.offer(last)
         self.closed = True
@@ -268,7 +314,13 @@ class Outbox:
         self.closed = True
         self.corked = False
         self._waiting = None
-        self._offset = self.waiting_bytes = 0
+        self._offset = 0
+        self._hold(-self.waiting_bytes)
+
+    @property
+    def _record_begun(self) -> bool:
+        """Whether OpenSSL holds the beginning of the first frame and wants the rest of it."""
+        return isinstance(self._sock, TlsSocket) and self._sock.begun
 
 
 class DeflatingOutbox(Outbox):

@@ -102,6 +102,10 @@ class Pump:
 
     def replace(self, peer: Peer) -> None:
         """Let ``peer`` take over its descriptor from whoever is registered for it."""
+        if self._awaited and self._peers[peer.fd] in self._awaited:
+            # It is the socket that is waited for.
+            self._awaited.discard(self._peers[peer.fd])
+            self._awaited.add(peer)
         self._peers[peer.fd] = peer
 
     def watch(self, peer: Peer, interest: int) -> None:
@@ -198,7 +202,8 @@ class Door:
     Args:
         pump: Where it is registered while open.
         sock: Non-blocking, listening. Not closed here: the supervisor owns its other copy.
-        admit: Called with each accepted, non-blocking socket.
+        admit: Called with each accepted, non-blocking socket, and the address of its peer as
+            accept(2) reports it.
         on_pause: Called with the error when the kernel refuses descriptors or memory, once per
             pause of `ACCEPT_PAUSE` seconds: the connection stays in the backlog, and trying
             again at once would spin.
@@ -208,7 +213,7 @@ class Door:
         self,
         pump: Pump,
         sock: socket.socket,
-        admit: Callable[[socket.socket], None],
+        admit: Callable[[socket.socket, object], None],
         on_pause: Callable[[OSError], None],
     ) -> None:
         self._pump = pump
@@ -242,7 +247,7 @@ class Door:
         accept = self._sock.accept
         for _ in range(most):
             try:
-                sock, _address = accept()
+                sock, address = accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -253,7 +258,7 @@ class Door:
                 self._on_pause(error)
                 return
             sock.setblocking(False)
-            self._admit(sock)
+            self._admit(sock, address)
 
     def due(self, now: float) -> None:  # noqa: ARG002 - the moment itself is the message
         """End a pause."""

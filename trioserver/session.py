@@ -12,21 +12,32 @@ States
 Each message yields exactly one action; after `Close` there are none.
 """
 
+import math
 from typing import Final
 
 import msgspec
 
 from trioserver import messages, wish
+from trioserver.buckets import Buckets, Rate
 from trioserver.errors import ClientError, CloseReason
 from trioserver.wish import Wish
 
 MAX_STRIKES: Final = 20
 STRIKE_SECONDS: Final = 10.0
-"""So many malformed messages within so long end the connection: it is broken or hostile."""
+"""So many messages that are malformed, or too many, within so long end the connection: it is
+broken or hostile."""
+
+UNLIMITED: Final[Buckets[str]] = Buckets(Rate(count=0))
 
 
 class Send(msgspec.Struct, frozen=True, gc=False):
     """Send this JSON."""
+
+    data: bytes
+
+
+class Answer(msgspec.Struct, frozen=True, gc=False):
+    """Send this JSON; it was a request, and no message that counts."""
 
     data: bytes
 
@@ -43,6 +54,13 @@ class Authenticate(msgspec.Struct, frozen=True, gc=False):
 
     token: str
     wish: Wish
+
+
+class Refresh(msgspec.Struct, frozen=True, gc=False):
+    """Verify this token; if it is the same user's, the connection lives as long as it."""
+
+    token: str
+    ref: str | None
 
 
 class Acknowledge(msgspec.Struct, frozen=True, gc=False):
@@ -69,7 +87,7 @@ class Close(msgspec.Struct, frozen=True, gc=False):
     reason: CloseReason
 
 
-Action = Send | SendError | Authenticate | Acknowledge | MarkRead | Close
+Action = Send | Answer | SendError | Authenticate | Refresh | Acknowledge | MarkRead | Close
 
 
 class Session:
@@ -93,19 +111,26 @@ class Session:
         """Enter the authenticated state as ``user``."""
         self.user = user
 
-    def receive(self, text: bytes, now: float, timestamp: str) -> Action | None:
+    def receive(
+        self, text: bytes, now: float, timestamp: str, rates: Buckets[str] = UNLIMITED
+    ) -> Action | None:
         """Return what to do about one text message; None once closed.
 
         Args:
             text: The payload of a text frame, valid UTF-8.
             now: Monotonic seconds.
             timestamp: The wall clock as RFC 3339, for the answer.
+            rates: How many messages each user may send.
         """
         if self.closed:
             return None
         try:
             message = messages.decode(text)
-            if type(message) is messages.Message and self.user is not None:
+            user = self.user
+            if type(message) is messages.Message and user is not None:
+                wait = rates.take(user, now)
+                if wait:
+                    return self._too_fast(message.ref, wait, now)
                 self.count += 1
                 return Send(
                     messages.encode(
@@ -127,6 +152,8 @@ class Session:
             return Authenticate(message.token, wish.of_auth(message))
         if self.user is None:
             raise ClientError("unauthenticated", "the first message must be auth", message.ref)
+        if isinstance(message, messages.Refresh):
+            return Refresh(message.token, message.ref)
         if isinstance(message, messages.Ack):
             if (message.seq is None) == (message.id is None):
                 raise ClientError("bad_message", "ack says either seq or id", message.ref)
@@ -135,16 +162,27 @@ class Session:
             if bool(message.ids) == (message.up_to is not None):
                 raise ClientError("bad_message", "read says either ids or up_to", message.ref)
             return MarkRead(message.ids, message.up_to or 0, message.ref)
-        return Send(messages.encode(messages.Pong(message.ref)))
+        return Answer(messages.encode(messages.Pong(message.ref)))
 
     def _strike(self, error: ClientError, now: float) -> Action:
         """Answer a malformed message, or close after too many of them."""
-        strikes = [moment for moment in self._strikes if now - moment <= STRIKE_SECONDS]
-        self._strikes = (*strikes, now)
-        if len(self._strikes) >= MAX_STRIKES:
+        if self._is_out(now):
             return self.close(CloseReason.POLICY)
         answer = messages.Error(error.code, error.message, ref=error.ref)
         return SendError(messages.encode(answer), error.code)
+
+    def _too_fast(self, ref: str | None, wait: float, now: float) -> Action:
+        """Refuse a message that comes too soon, or close who does not stop."""
+        if self._is_out(now):
+            return self.close(CloseReason.RATE)
+        answer = messages.Error("rate_limited", "too many messages", math.ceil(wait * 1000), ref)
+        return SendError(messages.encode(answer), "rate_limited")
+
+    def _is_out(self, now: float) -> bool:
+        """Note one more strike; return whether it is one too many."""
+        strikes = [moment for moment in self._strikes if now - moment <= STRIKE_SECONDS]
+        self._strikes = (*strikes, now)
+        return len(self._strikes) >= MAX_STRIKES
 
     def close(self, reason: CloseReason) -> Close:
         """Enter the closed state, from which nothing returns."""

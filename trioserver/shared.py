@@ -6,16 +6,20 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import attrs
 
-from trioserver.auth import Verifier
+from trioserver.auth import Claims, Verifier
+from trioserver.board import Board, Limits
+from trioserver.buckets import Buckets
 from trioserver.clock import Stamp
 from trioserver.deflate import Compressor
 from trioserver.envelope import Entry
-from trioserver.errors import CloseReason
+from trioserver.errors import AuthError, CloseReason
 from trioserver.hub import Hub
 from trioserver.ledger import Command, Page, Rules
 from trioserver.outbox import OutboxLimits
 from trioserver.pump import Pump
 from trioserver.receipts import Receipts
+from trioserver.revocation import Revoked
+from trioserver.session import UNLIMITED
 from trioserver.tally import Tally
 from trioserver.track import Track
 
@@ -27,6 +31,14 @@ JITTER: Final = 0.1
 
 PAGE_BYTES: Final = 256 << 10
 """Of the ledger in one go, if outboxes are large enough."""
+
+UNLIMITED_BOARD: Final = Limits(
+    connections=0, address_connections=0, handshakes=0, address_handshakes=0
+)
+
+CUT_TO: Final = 0.875
+"""Of the budget of all outboxes, what is left when the largest have been cut: a part at once,
+because finding them costs a look at every connection."""
 
 
 class Followed(Protocol):
@@ -73,6 +85,16 @@ class Asked(Protocol):
         """Ask ``waiter.question``, and give the page to ``waiter.answered``; synchronous."""
 
 
+class Registered(Protocol):
+    """Who tells the fleet who is connected here; both synchronous."""
+
+    def enter(self, connection: "Connection") -> None:
+        """Register a connection, which may be ended for being one too many."""
+
+    def leave(self, connection: "Connection") -> None:
+        """Take it from the register; it was entered."""
+
+
 @attrs.frozen(kw_only=True)
 class Pace:
     """The intervals and deadlines of a connection, in seconds; 0 turns each off."""
@@ -102,6 +124,13 @@ class Shared:
     receipts: Receipts
     rules: Rules
     verifier: Verifier
+    revoked: Revoked = attrs.field(factory=Revoked)
+    board: Board = attrs.field(factory=lambda: Board.alone(UNLIMITED_BOARD))
+    registry: Registered
+    rates: Buckets[str] = UNLIMITED
+    """How many messages a user may send."""
+    requests: Buckets[str] = UNLIMITED
+    """How much else a user may ask for; beyond it his connection is not read for a while."""
     tally: Tally
     pace: Pace
     outbox_limits: OutboxLimits
@@ -123,6 +152,34 @@ class Shared:
     rng: random.Random = attrs.field(factory=random.Random)
     head: Track[Entry] = attrs.field(factory=Track)
     """Where everyone's stream stands for those who are up to date."""
+
+    def verify(self, token: str) -> Claims:
+        """Return the claims of a token that is good and not revoked; counts what came of it.
+
+        Raises:
+            AuthError: It is not.
+        """
+        auth = self.tally.auth
+        try:
+            claims = self.verifier.verify(token, self.wall())
+        except AuthError as error:
+            auth[error.outcome] += 1
+            raise
+        if self.revoked.covers(claims):
+            auth["revoked"] += 1
+            raise AuthError("the token has been revoked", outcome="revoked")
+        auth["ok"] += 1
+        return claims
+
+    def cut_largest(self) -> None:
+        """Have those shed whose clients have most to take, until all is well within budget."""
+        budget = self.outbox_limits.budget
+        goal = budget.limit * CUT_TO
+        largest = sorted(self.connections, key=lambda one: one.waiting_bytes, reverse=True)
+        for connection in largest:
+            if budget.used <= goal or not connection.waiting_bytes:
+                return
+            connection.shed()
 
     @property
     def page_bytes(self) -> int:

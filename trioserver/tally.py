@@ -22,7 +22,8 @@ ERROR_CODES: Final = (
     "unknown_type",
     "unauthenticated",
     "already_authenticated",
-    "too_many",
+    "rate_limited",
+    "invalid_token",
     "unavailable",
     OTHER,
 )
@@ -34,11 +35,11 @@ REFUSAL_STATUSES: Final = (
 )
 """HTTP statuses of handshakes that were refused before the upgrade."""
 
-AUTH_OUTCOMES: Final = ("ok", "missing", "invalid", "expired")
+AUTH_OUTCOMES: Final = ("ok", "missing", "invalid", "expired", "revoked", "unknown_key")
 """How the check of a client's credentials ended; ``missing``: it left without showing any."""
 
 PUBLISHED_OUTCOMES: Final = (
-    *("accepted", "scheduled", "duplicate", "refused", "unavailable"),
+    *("accepted", "scheduled", "duplicate", "limited", "refused", "unavailable"),
     *("delivered", "nobody", "malformed"),
 )
 """What the API answered to a publisher, once per recipient; and what became of a publication in one
@@ -56,7 +57,8 @@ HTTP_PATHS: Final = (
     OTHER,
 )
 HTTP_STATUSES: Final = (
-    *("200", "202", "400", "401", "404", "405", "408", "409", "413", "415", "422", "431"),
+    *("200", "202", "400", "401", "403", "404", "405", "408", "409", "413", "415"),
+    *("417", "422", "429", "431"),
     *("500", "503"),
     OTHER,
 )

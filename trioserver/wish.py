@@ -23,6 +23,9 @@ class Wish:
     ack: bool = False
     """Whether it will acknowledge, and wants again what it has not acknowledged."""
 
+    client_type: str = ""
+    """What kind of client it says it is (``web``, ``ios``); empty if it does not say."""
+
 
 NO_WISH: Final = Wish()
 
@@ -36,7 +39,8 @@ def of_query(parameters: Mapping[str, str]) -> Wish:
     device = parameters.get("device", "")
     position = parameters.get("position", "")
     ack = parameters.get("ack", "")
-    if not (device or position or ack):
+    kind = parameters.get("client_type", "")
+    if not (device or position or ack or kind):
         return NO_WISH
     if device:
         try:
@@ -46,11 +50,23 @@ def of_query(parameters: Mapping[str, str]) -> Wish:
             raise ClientError("bad_message", problem) from None
     if len(position) > messages.MAX_POSITION:
         raise ClientError("bad_message", f"position is longer than {messages.MAX_POSITION}")
+    if kind:
+        try:
+            msgspec.convert(kind, messages.ClientType)
+        except msgspec.ValidationError:
+            problem = f"client_type is 1 to {messages.MAX_CLIENT_TYPE} of a-z A-Z 0-9 . _ -"
+            raise ClientError("bad_message", problem) from None
     if ack not in {"", "0", "1", "false", "true"}:
         raise ClientError("bad_message", "ack is 1 or 0")
-    return Wish(device=device, position=position, ack=ack in {"1", "true"})
+    wanted = ack in {"1", "true"}
+    return Wish(device=device, position=position, ack=wanted, client_type=kind)
 
 
 def of_auth(message: messages.Auth) -> Wish:
     """Return the wish in a first message."""
-    return Wish(device=message.device or "", position=message.position or "", ack=message.ack)
+    return Wish(
+        device=message.device or "",
+        position=message.position or "",
+        ack=message.ack,
+        client_type=message.client_type or "",
+    )

@@ -18,6 +18,7 @@ import os
 import resource
 import secrets
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Awaitable
@@ -26,8 +27,11 @@ from typing import Final, NoReturn
 import attrs
 import trio
 
-from trioserver import child, health, logs
+from trioserver import certificate, child, health, key_keeping, logs
 from trioserver.auth import Verifier
+from trioserver.board import Board, Limits
+from trioserver.board_map import BoardError
+from trioserver.buckets import Buckets, Rate
 from trioserver.canary import Canary
 from trioserver.connection import Connection
 from trioserver.deflate import Compressor
@@ -36,27 +40,34 @@ from trioserver.drain import drain
 from trioserver.endpoint import endpoint
 from trioserver.envelope import Entry
 from trioserver.errors import CloseReason
+from trioserver.handshake import Refusal
 from trioserver.hub import Hub
 from trioserver.ledger import Rules
 from trioserver.lifeline import Lifeline
 from trioserver.listener import Listener
 from trioserver.metrics import Exporter, Tally
 from trioserver.origins import Origins
-from trioserver.outbox import OutboxLimits
+from trioserver.outbox import Budget, OutboxLimits
+from trioserver.peers import Peers
 from trioserver.pump import Door, Pump
 from trioserver.rate_limit import RateLimited
 from trioserver.reader import Reader
 from trioserver.receipts import Receipts
 from trioserver.redis_link import open_link
+from trioserver.registry import Registry
+from trioserver.revocation import Revoked
+from trioserver.revocation_watch import RevocationWatch, end_covered
 from trioserver.settings import Settings
 from trioserver.shared import Pace, Shared
 from trioserver.statedir import StateDir
-from trioserver.status import CONTROL_FD, LISTEN_FD, Beat, Drain
+from trioserver.status import BOARD_FD, CONTROL_FD, LISTEN_FD, Beat, Drain
 from trioserver.subscription import Subscription
 from trioserver.track import Track
 
 FULL_SHARE: Final = 0.95
-"""Of the descriptors, how many may be connections; the rest is for Redis, logs and luck."""
+RESERVED: Final = 64
+"""Of the descriptors, how many may be clients' sockets; the rest, and never less than so many, is
+for Redis (a pool and a subscription), logs, metrics, what Trio has (about 25 in all), and luck."""
 
 UNEVEN: Final = 1.2
 """SO_REUSEPORT spreads by hash: the fullest worker has about this many times its share."""
@@ -64,6 +75,17 @@ UNEVEN: Final = 1.2
 
 CATCH_UP_PER_TURN: Final = 256
 """Connections that are told to look into the ledger between two checkpoints."""
+
+MESSAGE_BURST: Final = 20
+"""Messages that a user may send at once."""
+
+REQUESTS_PER_MESSAGE: Final = 100
+"""Receipts and pings are answers to what was sent and signs of life: who comes back to a full inbox
+on three devices has thousands to send."""
+
+FIRST_LOOK_SECONDS: Final = 1.0
+"""At the start, for hearing who is revoked. Clients wait in the queue of the socket meanwhile;
+without Redis the door opens all the same, to tell them that it is away."""
 
 LAST_REPORTS_SECONDS: Final = 1.0
 """At the end, for telling the ledger what clients have received."""
@@ -75,7 +97,10 @@ class Identity:
 
     slot: int
     generation: int
-    nonce: str = attrs.field(factory=lambda: secrets.token_hex(4))
+    life: str = attrs.field(factory=lambda: f"{secrets.token_hex(4)}.{time.time_ns() // 10**6:x}.0")
+    """``<server>.<boot>.<n>``, in hex, hex and decimal; a random server's if no supervisor says."""
+    after: tuple[str, ...] = ()
+    """Lives of this server that ended before this one began, the latest last."""
 
     @property
     def name(self) -> str:
@@ -85,11 +110,11 @@ class Identity:
     @property
     def unique(self) -> str:
         """Names it in the whole fleet, now and later."""
-        return f"{self.name}-{self.nonce}"
+        return self.life
 
 
 def room(settings: Settings, descriptors: int) -> int:
-    """Return how many connections this worker may have; 0 means no limit.
+    """Return how many connections a worker may have that knows of no other; 0 means no limit.
 
     Args:
         settings: ``WS_MAX_CONNECTIONS`` is for all workers together.
@@ -98,8 +123,42 @@ def room(settings: Settings, descriptors: int) -> int:
     share = math.ceil(settings.ws_max_connections / settings.workers * UNEVEN)
     if settings.workers == 1:
         share = settings.ws_max_connections
-    clamp = int(descriptors * FULL_SHARE)
+    clamp = sockets(descriptors)
     return min(share, clamp) if share else clamp
+
+
+def sockets(descriptors: int) -> int:
+    """Return how many clients' sockets a worker may have that can have so many files open."""
+    return max(1, min(int(descriptors * FULL_SHARE), descriptors - RESERVED))
+
+
+def board_limits(settings: Settings) -> Limits:
+    """Return what the settings say about the whole server."""
+    return Limits(
+        connections=settings.ws_max_connections,
+        address_connections=settings.max_connections_per_ip,
+        handshakes=settings.handshakes_per_second,
+        address_handshakes=settings.handshakes_per_second_per_ip,
+    )
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    """Return how the public port speaks TLS; None if it does not."""
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    return certificate.context(settings.tls_cert, settings.tls_key)
+
+
+def message_rates(settings: Settings, *, weight: int = 1) -> Buckets[str]:
+    """Return how many messages each user may send to this worker.
+
+    Args:
+        settings: Of which the limit per minute counts.
+        weight: So many of what is asked for are one message.
+    """
+    most = settings.messages_per_minute_per_user
+    burst = max(MESSAGE_BURST, most // 5)
+    return Buckets(Rate(count=most * weight, period=60, burst=burst * weight))
 
 
 class Worker:
@@ -135,6 +194,28 @@ class Worker:
             target, self._receive, self._link_changed, client_name=self._client_name
         )
         self._subscription.follow(broadcast)
+        self._revoked = Revoked()
+        self._watch = RevocationWatch(
+            self._revoked,
+            self._end_revoked,
+            lambda problem: self._log_quietly("revocations cannot be read", problem),
+            prefix=prefix,
+            on_change=self._changed,
+        )
+        self._subscription.follow(self._watch.channel)
+        self._registry = Registry(
+            identity.unique,
+            identity.after,
+            settings.max_connections_per_user,
+            prefix=prefix,
+            log_bug=self._log_bug,
+            log_trouble=lambda problem: self._log_quietly("the register is not kept", problem),
+        )
+        self._subscription.follow(self._registry.channel)
+        self._keyring = key_keeping.keyring_of(settings)
+        self._has_key = settings.jwt_public_key_file is not None
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        board, max_connections = self._join_board(settings, descriptors)
         rules = Rules.of(settings)
         self._reader = Reader(self._log_bug, lambda problem: self._log_trouble("read", problem))
         self._receipts = Receipts(
@@ -149,7 +230,12 @@ class Worker:
             receipts=self._receipts,
             rules=rules,
             head=head,
-            verifier=Verifier(settings),
+            verifier=Verifier(settings, self._keyring),
+            revoked=self._revoked,
+            board=board,
+            registry=self._registry,
+            rates=message_rates(settings),
+            requests=message_rates(settings, weight=REQUESTS_PER_MESSAGE),
             tally=self.tally,
             pace=Pace(
                 ping_interval=settings.ws_ping_interval,
@@ -162,7 +248,9 @@ class Worker:
                 max_redeliveries=settings.max_redeliveries,
             ),
             outbox_limits=OutboxLimits(
-                max_bytes=settings.outbox_max_bytes, max_frames=settings.outbox_max_frames
+                max_bytes=settings.outbox_max_bytes,
+                max_frames=settings.outbox_max_frames,
+                budget=Budget(settings.outbox_budget_bytes),
             ),
             max_message=settings.ws_max_message_size,
             user_topic=lambda user: f"{before}{user}{after}".encode(),
@@ -172,15 +260,19 @@ class Worker:
             log_bug=self._log_bug,
             log_end=self._log_end,
         )
-        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        shared.outbox_limits.budget.on_exceeded = shared.cut_largest
         self._listener = Listener(
             shared=shared,
             worker_id=identity.unique,
-            max_connections=room(settings, descriptors),
-            max_sockets=int(descriptors * FULL_SHARE),
+            max_connections=max_connections,
+            max_sockets=sockets(descriptors),
             handshake_timeout=settings.handshake_timeout,
             query_token=settings.jwt_query_token,
             origins=Origins(settings.ws_allowed_origins),
+            peers=Peers(settings.trusted_proxies, limit_loopback=settings.limit_loopback),
+            max_arrivals_per_address=settings.max_connections_per_ip,
+            tls=_tls(settings),
+            log_refused=self._log_refused,
             pages={
                 "/healthz": lambda: (200, health.JSON, health.liveness_body()),
                 "/readyz": self._readyz,
@@ -210,13 +302,17 @@ class Worker:
             services.start_soon(self.pump.run)
             services.start_soon(self.pump.run_timers)
             services.start_soon(child.keep_counting, self.tally, self._exporter, self._refresh)
+            if self._keyring is not None:
+                services.start_soon(key_keeping.keep, self._keyring, self._settings, self._log)
             reported = trio.Event()
             services.start_soon(self._talk_to_redis, reported)
             async with trio.open_nursery() as connections:
                 self._listener.open(connections)
+                with trio.move_on_after(FIRST_LOOK_SECONDS):
+                    await self._watch.first_look()
                 self._door.unlock()
                 self.lifeline.started()
-                self._log.info("worker started", pid=os.getpid())
+                self._log.info("worker started", pid=os.getpid(), life=self._identity.life)
                 _settle_garbage_collector()
                 order = await self.lifeline.wait_drain()
                 over = await self._drain(order, connections.cancel_scope)
@@ -227,10 +323,11 @@ class Worker:
             if self._door.open:
                 self._door.empty()
                 self._door.lock()
-            with trio.move_on_after(LAST_REPORTS_SECONDS):
+            with trio.move_on_after(2 * LAST_REPORTS_SECONDS):
                 await reported.wait()
             services.cancel_scope.cancel()
         self.pump.close()
+        self._shared.board.close()
         self._refresh(trio.current_time())
         self._exporter.close()
         self._log.info("worker ended")
@@ -257,10 +354,15 @@ class Worker:
             nursery.start_soon(self._canary.run)
             nursery.start_soon(self._reader.run, link)
             nursery.start_soon(self._receipts.run, link)
+            nursery.start_soon(self._watch.run, link)
+            nursery.start_soon(self._registry.run, link)
             nursery.start_soon(self._catch_up)
             await self._last_reports.wait()
             with trio.move_on_after(LAST_REPORTS_SECONDS):
-                await self._receipts.finish(link)
+                async with trio.open_nursery() as last:
+                    # Neither waits for the other: a slow Redis may cost us one of them only.
+                    last.start_soon(self._registry.finish, link)
+                    last.start_soon(self._receipts.finish, link)
             reported.set()
             nursery.cancel_scope.cancel()
 
@@ -271,6 +373,11 @@ class Worker:
             # A page that is under way may be older than the link: it does not count.
             head.begin()
             self._came_back.set()
+            # What was said on these channels meanwhile is in Redis as well.
+            self._watch.hint()
+            self._registry.hinted()
+        else:
+            self._registry.link_lost()
         if self._canary is not None:
             self._canary.link_changed()
         self._changed()
@@ -294,7 +401,31 @@ class Worker:
         if canary is not None and channel == canary.channel:
             canary.returned(payload, trio.current_time())
             return None
+        if channel == self._watch.channel:
+            self._watch.hint()
+            return None
+        if channel == self._registry.channel:
+            self._registry.hinted(payload)
+            return None
         return self._delivery.receive(channel, payload)
+
+    async def _end_revoked(self) -> None:
+        """End connections whose token has just turned out to be revoked."""
+        ended = await end_covered(self._shared.connections, self._revoked, self._log_bug)
+        if ended:
+            self._log.info("connections with revoked tokens ended", connections=ended)
+
+    def _join_board(self, settings: Settings, descriptors: int) -> tuple[Board, int]:
+        """Return the board and how many connections this worker may have on its own account."""
+        limits = board_limits(settings)
+        try:
+            board = Board.attach(BOARD_FD, limits)
+        except (BoardError, OSError) as problem:
+            self._log.warning("limits are those of this worker alone", problem=str(problem))
+            alone = attrs.evolve(limits, connections=room(settings, descriptors))
+            return Board.alone(alone), alone.connections
+        os.close(BOARD_FD)
+        return board, sockets(descriptors)
 
     # Health.
 
@@ -306,9 +437,22 @@ class Worker:
             return "starting"
         if not self._canary.fresh:
             return self._canary.why
+        if why := self._why_not_judging():
+            return why
         limit = self._listener.max_connections
-        if 0 < limit <= len(self._listener.connections):
+        if 0 < limit <= len(self._listener.connections) or self._shared.board.full:
             return "full"
+        return ""
+
+    def _why_not_judging(self) -> str:
+        """Return why it cannot be told which tokens are good; empty if it can."""
+        if not self._watch.fresh:
+            # Redis answers, but not to this: who is revoked would get in.
+            return "revocations not read"
+        keys = self._keyring
+        if keys is not None and not self._has_key and not keys.usable(keys.clock()):
+            # A reload would send everybody here, to be told to come again.
+            return "no keys of the issuer yet"
         return ""
 
     def _report(self) -> Beat:
@@ -382,6 +526,14 @@ class Worker:
     def _log_trouble(self, what: str, problem: str) -> None:
         self._log_quietly(f"the ledger cannot be {what}", problem)
 
+    def _log_refused(self, refusal: Refusal, request_id: str) -> None:
+        self._log.debug(
+            "handshake refused",
+            status=refusal.status,
+            problem=refusal.problem,
+            request_id=request_id,
+        )
+
     def _log_end(self, connection: Connection, reason: CloseReason) -> None:
         self._log.debug(
             "connection ended",
@@ -407,8 +559,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trioserver.worker")
     parser.add_argument("--slot", type=int, required=True)
     parser.add_argument("--generation", type=int, required=True)
+    parser.add_argument("--life")
+    parser.add_argument("--after", type=lambda names: tuple(names.split(",")), default=())
     arguments = parser.parse_args(argv)
-    identity = Identity(slot=arguments.slot, generation=arguments.generation)
+    given = {"life": arguments.life} if arguments.life else {}
+    identity = Identity(
+        slot=arguments.slot, generation=arguments.generation, after=arguments.after, **given
+    )
 
     async def work(settings: Settings) -> None:
         sock = socket.socket(fileno=LISTEN_FD)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import attrs
 import hiredis
 import pytest
 
@@ -40,7 +41,8 @@ def test_template() -> None:
         id=words[words.index(b"id") + 1].decode(),
         ttl_ms=7 * ledger.DAY_MS,
     )
-    assert pack(*ledger.publish(notification, rules=Rules.of(Settings()))) == made
+    rules = attrs.evolve(Rules.of(Settings()), rate=backend.RATE)
+    assert pack(*ledger.publish(notification, rules=rules)) == made
     assert ledger.partition("u17") == ledger.partition_of(notification.id)
 
 

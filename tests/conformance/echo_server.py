@@ -35,21 +35,22 @@ import trio
 
 from supervisor.doors import Address, Buffers, open_doors
 from trioserver import frames
-from trioserver.auth import Claims, Verifier
+from trioserver.auth import Verifier
+from trioserver.caller import caller
 from trioserver.connection import Connection
 from trioserver.deflate import Compressor, inflate
 from trioserver.errors import CloseReason
-from trioserver.handshake import Request, Upgrade, upgrade
+from trioserver.handshake import Request, upgrade
 from trioserver.hub import Hub
 from trioserver.ledger import Rules
-from trioserver.listener import Listener
+from trioserver.listener import Admitted, Listener
 from trioserver.metrics import Tally
 from trioserver.outbox import OutboxLimits
 from trioserver.pump import Door, Pump
 from trioserver.receipts import Receipts
 from trioserver.settings import Settings
 from trioserver.shared import Pace, Shared, Waiting
-from trioserver.wish import NO_WISH, Wish
+from trioserver.wish import NO_WISH
 
 SHIPPED: Final = Settings()
 
@@ -139,21 +140,20 @@ class EchoListener(Listener):
 
     max_fragments: int
 
-    def judge(self, request: Request) -> tuple[Upgrade, None, Wish]:
+    def judge(self, request: Request, peer: int) -> Admitted:
         """Admit everybody, with compression if it may be; echoes have no users."""
-        return upgrade(request, may_deflate=self.shared.compressor is not None), None, NO_WISH
+        accepted = upgrade(request, may_deflate=self.shared.compressor is not None)
+        return Admitted(accepted, None, NO_WISH, caller(peer, None, "", ""))
 
-    def connection(
-        self,
-        sock: socket.socket,
-        greeting: bytes,
-        claims: Claims | None,
-        wish: Wish,
-        *,
-        deflate: bool,
-    ) -> Connection:
+    def connection(self, sock: socket.socket, admitted: Admitted) -> Connection:
         """Make an echo."""
-        return Echo(self.shared, sock, greeting, max_fragments=self.max_fragments, deflate=deflate)
+        return Echo(
+            self.shared,
+            sock,
+            admitted.upgrade.response(),
+            max_fragments=self.max_fragments,
+            deflate=admitted.upgrade.extension is not None,
+        )
 
 
 class Nobody:
@@ -166,6 +166,12 @@ class Nobody:
         """Do nothing."""
 
     def want(self, waiter: Waiting, *, everyone: bool) -> None:
+        """Do nothing."""
+
+    def enter(self, connection: Connection) -> None:
+        """Do nothing."""
+
+    def leave(self, connection: Connection) -> None:
         """Do nothing."""
 
 
@@ -189,6 +195,7 @@ class EchoServer:
             reader=Nobody(),
             receipts=Receipts(Rules(), self.tally, lambda _doing, bug: self._bug(bug), print),
             rules=Rules(),
+            registry=Nobody(),
             verifier=Verifier(attrs.evolve(SHIPPED, jwt_secret_key="x" * 32)),
             tally=self.tally,
             pace=CALM,

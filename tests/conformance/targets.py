@@ -176,7 +176,7 @@ def judge(buffer: bytes) -> Verdict:
         upgrade = handshake.upgrade(request, may_deflate=True)
         request.parameters()
     except Refusal as refusal:
-        return refusal.status, refusal.response(), None
+        return refusal.status, refusal.response(request_id="r"), None
     return 101, upgrade.response(), upgrade
 
 
@@ -189,7 +189,7 @@ def arrive(pieces: list[bytes]) -> Verdict:
         try:
             complete = handshake.head_end(buffer, known) > 0
         except Refusal as refusal:
-            return refusal.status, refusal.response(), None
+            return refusal.status, refusal.response(request_id="r"), None
         if complete:
             return judge(bytes(buffer))
     return _WAIT
@@ -296,13 +296,17 @@ def _check_decode(data: bytes) -> None:
 
 def _check_action(action: session.Action | None, user: str | None, data: bytes) -> None:
     match action:
-        case session.Send(answer):
+        case session.Send(answer) | session.Answer(answer):
             assert user is not None, "answers before there is a user"
         case session.SendError(answer, code):
             assert code == _object(answer)["code"]
-        case _:
-            assert isinstance(action, session.Authenticate)
+        case session.Authenticate():
             assert user is None
+            return
+        case _:
+            requests = session.Refresh | session.Acknowledge | session.MarkRead
+            assert isinstance(action, requests)
+            assert user is not None
             return
     assert _object(answer)["type"] in messages.RESERVED_TYPES
     # An escaped character of a ref may be as long as six bytes.

@@ -54,9 +54,11 @@ from trioserver.frames import MAX_FRAGMENTS
 from trioserver.pump import LINGER_SECONDS
 from trioserver.session import (
     Acknowledge,
+    Answer,
     Authenticate,
     Close,
     MarkRead,
+    Refresh,
     Send,
     SendError,
     Session,
@@ -457,7 +459,7 @@ def test_the_worst_messages_are_answered_in_time(text: bytes) -> None:
 
 
 VERIFIER = Verifier(wire.SETTINGS)
-ACTIONS = (Send, SendError, Authenticate, Acknowledge, MarkRead, Close)
+ACTIONS = (Send, Answer, SendError, Authenticate, Refresh, Acknowledge, MarkRead, Close)
 
 
 def assert_harmless(text: bytes, seconds: float = 0.005) -> None:
@@ -501,7 +503,7 @@ FORGED_ADDRESS = "203.0.113.77"
 
 def test_no_clients_words_break_a_line_of_the_log(tmp_path: Path) -> None:
     """One event is one line of JSON, whatever was in a header, a path, a name or a reason."""
-    environ = {"LOG_LEVEL": "debug", "LOGGER_ENCODING": "json"}
+    environ = {"LOG_LEVEL": "debug", "LOGGER_ENCODING": "json", "WS_ALLOWED_ORIGINS": "*"}
     with running(tmp_path, workers=1, environ=environ) as server:
         joined = speak_evil(address(server))
         asked = ask_evil(address(server, admin=True))

@@ -17,6 +17,7 @@ from tests.trioserver.wire import (
     CLOSE,
     PING,
     PONG,
+    SETTINGS,
     TEXT,
     Client,
     close,
@@ -29,9 +30,12 @@ from tests.trioserver.wire import (
     until,
 )
 from trioserver import connection as connection_module
-from trioserver.errors import CloseReason
-from trioserver.outbox import OutboxLimits
-from trioserver.session import Action, Session
+from trioserver.auth import Claims, Verifier
+from trioserver.buckets import Buckets, Rate
+from trioserver.errors import AuthError, CloseReason
+from trioserver.outbox import Budget, OutboxLimits
+from trioserver.revocation import Revocation, Revoked
+from trioserver.session import UNLIMITED, Action, Session
 
 HURRY = 20.0
 """How much faster than the wall Trio's clock runs where a test waits for the long deadlines."""
@@ -508,7 +512,9 @@ async def test_a_bug_in_a_callback_ends_its_connection_with_1011_and_no_other() 
         connection = next(c for c in worker.listener.connections if c.user == "ann")
 
         class Broken(Session):
-            def receive(self, text: bytes, now: float, timestamp: str) -> Action | None:
+            def receive(
+                self, text: bytes, now: float, timestamp: str, rates: Buckets[str] = UNLIMITED
+            ) -> Action | None:
                 raise LookupError("a bug")
 
         connection._session = Broken("ann")
@@ -616,12 +622,12 @@ async def test_a_client_that_does_not_read_its_answers_is_not_read() -> None:
 
 async def test_a_slow_reader_that_makes_progress_is_not_taken_for_dead() -> None:
     """While we do not read a client, its silence is ours: only lack of progress ends it."""
-    pace = attrs.evolve(CALM, ping_interval=0.2, pong_wait=0.6, write_wait=2.0)
+    pace = attrs.evolve(CALM, ping_interval=0.3, pong_wait=1.0, write_wait=4.0)
     async with running(pace=pace, send_buffer=4096) as worker:
         client = await worker.join(receive_buffer=4096)
         sent = await flood(client, 4 << 20)
         assert sent < 4 << 20
-        limit = time.monotonic() + 1.5
+        limit = time.monotonic() + 2.0
         while time.monotonic() < limit:
             # A third of what waits for it, so that it stays unread itself.
             assert await client.stream.receive_some(2048), worker.ends
@@ -773,3 +779,348 @@ async def test_a_connection_ends_when_its_token_has_long_expired(
         assert "unauthorized" == (await client.until("goodbye"))["reason"]
         assert 1.9 < trio.current_time() - began < 5
         await client.aclose()
+
+
+async def test_a_client_is_told_that_its_token_expires() -> None:
+    """token_expiring says how many seconds are left; a new token makes it wait again."""
+    async with running() as worker:
+        client = await worker.dial()
+        await client.send(head(credential=token("ann", 100)))
+        await client.response()
+        await client.message()
+        connection = worker.only()
+        assert connection._warn_at - worker.pump.now == pytest.approx(70, abs=5)
+        connection._warn_at = worker.pump.now
+        connection.hasten(worker.pump.now)
+        notice = await client.until("token_expiring")
+        left = notice["expires_in"]
+        assert isinstance(left, int)
+        assert 95 <= left <= 100
+
+        await client.send(text({"type": "refresh", "token": token("ann", 1000), "ref": "r"}))
+        refreshed = await client.message()
+        left = refreshed.pop("expires_in")
+        assert isinstance(left, int)
+        assert 995 <= left <= 1000
+        assert {"type": "token_refreshed", "ref": "r"} == refreshed
+        assert connection._warn_at - worker.pump.now == pytest.approx(970, abs=5)
+        assert connection._expires_at - worker.pump.now == pytest.approx(1025, abs=5)
+        claims = connection.claims
+        assert claims is not None
+        assert "ann" == claims.user
+        await client.aclose()
+
+
+async def test_refresh_before_the_end_keeps_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who comes with a new token in time is not closed when the old one is over."""
+    # Of a token that is good for an hour, a moment is left.
+    monkeypatch.setattr(connection_module, "CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr(connection_module, "EXPIRY_GRACE_SECONDS", -3597.0)
+    async with running() as worker:
+        refreshed, silent = await worker.join("ann"), await worker.join("bob")
+        await refreshed.send(text({"type": "refresh", "token": token("ann", 9000)}))
+        assert "token_refreshed" == (await refreshed.message())["type"]
+        assert ("unauthorized", 4401) == await silent.farewell()
+        await refreshed.send(text({"type": "ping"}))
+        assert {"type": "pong"} == await refreshed.message()
+
+
+@pytest.mark.parametrize("bad", ["", "rubbish", "expired"])
+async def test_a_bad_token_in_refresh_changes_nothing(bad: str) -> None:
+    """It is answered with an error, and the connection lives as long as before."""
+    async with running() as worker:
+        client = await worker.join("ann")
+        connection = worker.only()
+        before = connection._expires_at, connection.claims
+        given = token("ann", -100) if bad == "expired" else bad
+        await client.send(text({"type": "refresh", "token": given, "ref": "r"}))
+        assert {
+            "type": "error",
+            "code": "invalid_token",
+            "message": "the token was not accepted",
+            "ref": "r",
+        } == await client.message()
+        assert before == (connection._expires_at, connection.claims)
+        assert 1 == worker.tally.errors["invalid_token"]
+
+
+async def test_refresh_with_the_token_of_another_user_is_forbidden(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A connection has one user from its first message to its last."""
+    monkeypatch.setattr(connection_module, "CLOSE_SECONDS", 0.05)
+    async with running() as worker:
+        client = await worker.join("ann")
+        await client.send(text({"type": "refresh", "token": token("bob")}))
+        assert ("forbidden", 4403) == await client.farewell()
+
+
+async def test_refresh_before_the_first_message_of_the_server() -> None:
+    """While Redis is waited for, a new token counts and is answered in its turn."""
+    async with running() as worker:
+        worker.follower.patient = True
+        client = await worker.dial()
+        await client.send(head(credential=token("ann", 100)))
+        assert (await client.response())[0] == 101
+        await client.send(text({"type": "refresh", "token": token("ann", 1000)}))
+        await until(lambda: worker.tally.messages_in == 1)
+        worker.follower.confirm(topic("ann"))
+        established = await client.message()
+        assert "connection_established" == established["type"]
+        left = established["expires_in"]
+        assert isinstance(left, int)
+        assert 995 <= left <= 1000
+        assert "token_refreshed" == (await client.message())["type"]
+
+
+async def test_a_revoked_token_is_refused_wherever_it_is_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the handshake 401, as first message 4401, in refresh an error; each is counted."""
+    monkeypatch.setattr(connection_module, "CLOSE_SECONDS", 0.05)
+    revoked = Revoked()
+    revoked.learn([Revocation("u:ann", int(time.time()), int(time.time()) + 1000)])
+    async with running(revoked=revoked) as worker:
+        client = await worker.dial()
+        await client.send(head(credential=token("ann")))
+        assert 401 == (await client.response())[0]
+
+        nameless = await worker.nameless()
+        await nameless.send(text({"type": "auth", "token": token("ann")}))
+        assert ("unauthorized", 4401) == await nameless.farewell()
+
+        bob = await worker.join("bob")
+        await bob.send(text({"type": "refresh", "token": token("ann")}))
+        assert "invalid_token" == (await bob.message())["code"]
+        assert 3 == worker.tally.auth["revoked"]
+
+
+class Unknowing(Verifier):
+    """Waits for the keys of its issuer."""
+
+    def verify(self, token: str, now: float) -> Claims:
+        """Know no key."""
+        raise AuthError("no key yet", outcome="unknown_key", retry_after=7)
+
+
+async def test_while_the_key_is_not_known_clients_are_told_to_come_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody throws a good token away: 503 with Retry-After, 1013, an error with its time."""
+    monkeypatch.setattr(connection_module, "CLOSE_SECONDS", 0.05)
+    async with running(verifier=Unknowing(SETTINGS)) as worker:
+        client = await worker.dial()
+        await client.send(head(credential=token("ann")))
+        status, answer = await client.response()
+        assert 503 == status
+        assert b"\r\nRetry-After: 7" in answer
+
+        nameless = await worker.nameless()
+        await nameless.send(text({"type": "auth", "token": token("ann")}))
+        goodbye = await nameless.message()
+        assert {
+            "type": "goodbye",
+            "reason": "overload",
+            "reconnect": True,
+            "reconnect_in_ms": 7000,
+        } == goodbye
+
+
+async def test_too_many_messages_are_refused_and_then_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The error says when to go on; who goes on at once is closed with 4429, others are not."""
+    monkeypatch.setattr(connection_module, "CLOSE_SECONDS", 0.05)
+    rates: Buckets[str] = Buckets(Rate(count=60, period=60, burst=3))
+    async with running(rates=rates) as worker:
+        fast, calm = await worker.join("ann"), await worker.join("bob")
+        for number in range(3):
+            await fast.send(text({"type": "message", "payload": number}))
+            assert "message_response" == (await fast.message())["type"]
+        await fast.send(text({"type": "message", "payload": 3, "ref": "r"}))
+        error = await fast.message()
+        wait = error.pop("retry_after_ms")
+        assert isinstance(wait, int)
+        assert 0 < wait <= 1000
+        assert {
+            "type": "error",
+            "code": "rate_limited",
+            "message": "too many messages",
+            "ref": "r",
+        } == error
+        await fast.send(text({"type": "message", "payload": 4}) * 40)
+        assert ("rate", 4429) == await fast.farewell()
+        await calm.send(text({"type": "message", "payload": 1}))
+        assert {"count": 1, "payload": 1} == {
+            key: value
+            for key, value in (await calm.message()).items()
+            if key in {"count", "payload"}
+        }
+
+
+async def test_two_connections_of_a_user_share_his_rate() -> None:
+    """More connections are not more messages."""
+    rates: Buckets[str] = Buckets(Rate(count=60, period=60, burst=3))
+    async with running(rates=rates) as worker:
+        one, two = await worker.join("ann"), await worker.join("ann")
+        for _ in range(3):
+            await one.send(text({"type": "message"}))
+            assert "message_response" == (await one.message())["type"]
+        await two.send(text({"type": "message"}))
+        assert "rate_limited" == (await two.message())["code"]
+
+
+async def test_a_connection_is_registered_while_it_has_a_user() -> None:
+    """Entered once and left once, with what is to be known about it; the nameless are not."""
+    async with running() as worker:
+        nameless = await worker.nameless()
+        client = await worker.dial()
+        path = "/ws?device=phone&client_type=ios"
+        await client.send(head(path, "User-Agent: Phone/1\x7f", credential=token("ann")))
+        assert (await client.response())[0] == 400, "control characters are no header"
+        await client.aclose()
+        client = await worker.dial()
+        await client.send(head(path, "User-Agent: Phone/1", credential=token("ann")))
+        await client.response()
+        await client.message()
+        (connection,) = worker.register.entered
+        assert ("ann", "phone", "ios", "Phone/1", "127.0.0.1") == (
+            connection.user,
+            connection.device,
+            connection.caller.client_type,
+            connection.caller.agent,
+            connection.caller.address,
+        )
+        assert connection.since == pytest.approx(time.time(), abs=5)
+        assert [] == worker.register.left
+        await client.aclose()
+        await nameless.aclose()
+        await worker.settled()
+        assert [connection] == worker.register.left
+
+
+async def test_beyond_the_budget_those_with_the_most_are_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All outboxes together have a budget: the largest go with 4410, the others get everything."""
+    monkeypatch.setattr(connection_module, "SLOW_CLOSE_SECONDS", 0.05)
+    budget = Budget(400_000)
+    limits = OutboxLimits(max_bytes=1 << 20, max_frames=10_000, budget=budget)
+    async with running(limits=limits, send_buffer=4096) as worker:
+        greedy = [await worker.join("ann", receive_buffer=4096) for _ in range(3)]
+        modest = await worker.join("bob", receive_buffer=4096)
+        for number in range(8):
+            await worker.publish(topic("bob"), "y" * 2000 + str(number))
+        for _ in range(60):
+            await worker.publish(topic("ann"), "x" * 4000)
+        await until(lambda: CloseReason.TOO_SLOW in worker.ends)
+        assert budget.used <= budget.limit
+        assert budget.used == sum(one.waiting_bytes for one in worker.listener.connections)
+        got = [str((await modest.message())["payload"]) for _ in range(8)]
+        assert ["y" * 2000 + str(number) for number in range(8)] == got
+        assert {CloseReason.TOO_SLOW} == set(worker.ends)
+        for client in greedy:
+            client.reset()
+        await modest.aclose()
+        await worker.settled()
+        assert 0 == budget.used
+
+
+async def test_who_asks_for_too_much_is_slowed_down_and_loses_nothing() -> None:
+    """Pings beyond the rate are all answered, later; a sibling's messages are not refused."""
+    requests: Buckets[str] = Buckets(Rate(count=3000, period=60, burst=10))
+    async with running(requests=requests) as worker:
+        eager, sibling = await worker.join("ann"), await worker.join("ann")
+        connection = next(iter(worker.register.entered))
+        began = trio.current_time()
+        for first in (0, 30):
+            pings = [text({"type": "ping", "ref": str(first + n)}) for n in range(30)]
+            await eager.send(b"".join(pings))
+            await until(lambda: connection._paused_until > 0)
+            await sibling.send(text({"type": "message", "payload": first}))
+            assert "message_response" == (await sibling.message())["type"]
+            got = [(await eager.message())["ref"] for _ in range(30)]
+            assert [str(first + n) for n in range(30)] == got
+            await until(lambda: connection._paused_until == 0)
+        # Ten at once and fifty per second: twenty of the first thirty, and more of the others.
+        assert trio.current_time() - began > 0.8
+        assert connection.reason is None
+
+
+async def test_a_client_that_is_gone_when_it_is_answered_enters_nothing() -> None:
+    """A bad message and a token in one read, and the socket is broken by the answer."""
+    async with running() as worker:
+        for _ in range(20):
+            client = await worker.nameless()
+            await client.send(b"\x81\x81\0\0\0\0?" + text({"type": "auth", "token": token()}))
+            client.reset()
+        await until(lambda: not worker.listener.connections)
+        await worker.settled()
+        assert worker.register.entered == worker.register.left
+
+
+async def test_the_same_token_again_is_no_new_notice() -> None:
+    """A client whose library returns the token that it has is told once, not again and again."""
+    async with running() as worker:
+        client = await worker.dial()
+        same = token("ann", 100)
+        await client.send(head(credential=same))
+        await client.response()
+        await client.message()
+        connection = worker.only()
+        connection._warn_at = worker.pump.now
+        connection.hasten(worker.pump.now)
+        assert "token_expiring" == (await client.message())["type"]
+        await client.send(text({"type": "refresh", "token": same}))
+        assert "token_refreshed" == (await client.message())["type"]
+        assert connection._warn_at > worker.pump.now + 1e6
+        # One that ends later brings its own notice.
+        await client.send(text({"type": "refresh", "token": token("ann", 110)}))
+        assert "token_refreshed" == (await client.message())["type"]
+        assert connection._warn_at - worker.pump.now == pytest.approx(80, abs=5)
+
+
+async def test_a_token_of_short_life_is_announced_half_way() -> None:
+    """Thirty seconds before the end would be at once, and again after every new one."""
+    async with running() as worker:
+        client = await worker.dial()
+        await client.send(head(credential=token("ann", 40)))
+        await client.response()
+        await client.message()
+        assert worker.only()._warn_at - worker.pump.now == pytest.approx(20, abs=3)
+
+
+async def test_leeway_does_not_prolong_the_grace() -> None:
+    """A token that expired long ago and is still accepted ends its connection at once."""
+    verifier = Verifier(attrs.evolve(SETTINGS, jwt_leeway=60.0))
+    async with running(verifier=verifier) as worker:
+        client = await worker.dial()
+        await client.send(head(credential=token("ann", -30)))
+        assert 101 == (await client.response())[0]
+        assert 0 == (await client.message())["expires_in"]
+        assert "unauthorized" == (await client.until("goodbye"))["reason"]
+
+
+async def test_who_is_leaving_does_not_hold_the_memory_of_others() -> None:
+    """What waits for clients that have said goodbye is given up before anybody else is cut."""
+    budget = Budget(400_000)
+    limits = OutboxLimits(max_bytes=1 << 20, max_frames=10_000, budget=budget)
+    async with running(limits=limits, send_buffer=4096) as worker:
+        hog = await worker.join("ann", receive_buffer=4096)
+        modest = [await worker.join("bob", receive_buffer=4096) for _ in range(5)]
+        while budget.used < 300_000:
+            await worker.publish(topic("ann"), "x" * 4000)
+        await hog.send(close(1000))
+        await until(lambda: any(one.reason for one in worker.listener.connections))
+        for number in range(8):
+            await worker.publish(topic("bob"), "y" * 4000 + str(number))
+        for client in modest:
+            got = [str((await client.message())["payload"]) for _ in range(8)]
+            assert ["y" * 4000 + str(number) for number in range(8)] == got
+        assert {CloseReason.PEER_CLOSED} >= set(worker.ends)
+        for client in (hog, *modest):
+            client.reset()
+        await worker.settled()
+        assert 0 == budget.used

@@ -424,19 +424,27 @@ async def test_what_is_acknowledged_is_not_sent_again() -> None:
             await until(lambda: progress.redeliver_at == math.inf)
 
 
-async def test_one_client_may_ask_the_ledger_for_so_much_at_once() -> None:
-    """The others of its requests are refused, with their ref."""
+async def test_who_asks_the_ledger_for_too_much_is_not_read_until_it_is_answered() -> None:
+    """None of its requests is refused or lost; those of others are answered meanwhile."""
     with trio.fail_after(LIMIT):
         async with running() as worker:
             client = await worker.join()
-            for number in range(MAX_ASKS + 1):
-                await client.send(text({"type": "read", "up_to": 1, "ref": f"r{number}"}))
-            error = await client.message()
-            assert ("error", "too_many", f"r{MAX_ASKS}") == (
-                error["type"],
-                error["code"],
-                error["ref"],
-            )
+            connection = worker.only()
+            sibling = await worker.join("bob")
+            asked = [text({"type": "read", "up_to": 1, "ref": f"r{n}"}) for n in range(MAX_ASKS)]
+            await client.send(b"".join(asked))
+            feed = connection._feed
+            assert feed is not None
+            await until(lambda: feed.asks_too_much)
+            await client.send(text({"type": "ping", "ref": "late"}))
+            for _ in range(3):
+                await sibling.send(text({"type": "ping"}))
+                assert "pong" == (await sibling.message())["type"]
+            before = worker.tally.messages_in
+            feed.marked(0, "r0")
+            assert {"type": "read", "unread": 0, "ref": "r0"} == await client.message()
+            assert {"type": "pong", "ref": "late"} == await client.message()
+            assert before + 1 == worker.tally.messages_in
 
 
 async def test_what_the_query_cannot_mean_is_refused_before_the_upgrade() -> None:

@@ -42,12 +42,15 @@ def test_configured_ones_stay(tmp_path: Path) -> None:
 
 
 def test_a_public_key_needs_no_secret(tmp_path: Path) -> None:
-    """Where tokens are checked with a public key, no secret is made for them."""
-    settings = Settings(data_dir=tmp_path / "state", jwt_algorithms=("RS256",))
-    completed = complete(settings, create=True)
+    """Where tokens are checked with a public key, from a file or an issuer, none is made."""
+    for url in (None, "https://login.example.com/keys"):
+        settings = Settings(
+            data_dir=tmp_path / str(url is None), jwt_algorithms=("RS256",), jwt_jwks_url=url
+        )
+        completed = complete(settings, create=True)
 
-    assert completed.settings.jwt_secret_key is None
-    assert ["api.secret"] == [path.name for path in settings.data_dir.glob("*.secret")]
+        assert completed.settings.jwt_secret_key is None
+        assert ["api.secret"] == [path.name for path in settings.data_dir.glob("*.secret")]
 
 
 def test_a_command_makes_nothing(tmp_path: Path) -> None:

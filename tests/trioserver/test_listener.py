@@ -12,6 +12,7 @@ from tests.trioserver.test_handshake import ROWS, WAIT
 from tests.trioserver.wire import (
     ACCEPT,
     CALM,
+    SETTINGS,
     Client,
     Worker,
     close,
@@ -21,13 +22,18 @@ from tests.trioserver.wire import (
     token,
     until,
 )
+from trioserver import connection as connection_module
+from trioserver.arrival import Arrival
+from trioserver.auth import Claims, Verifier
+from trioserver.board import Limits
 from trioserver.errors import CloseReason
-from trioserver.listener import Arrival
+from trioserver.origins import Origins
+from trioserver.peers import Peers
 
 
 def get(path: str, method: str = "GET") -> bytes:
     """Return an ordinary request."""
-    return f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    return f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: r1\r\n\r\n".encode()
 
 
 async def asked(worker: Worker, *pieces: bytes) -> tuple[int, bytes, bytes]:
@@ -78,7 +84,7 @@ async def test_bad_heads_are_refused_over_the_wire(row: str) -> None:
         status, answer, body = await asked(worker, data)
         assert time.monotonic() - started < 1.0
         assert expected == status
-        assert expected == json.loads(body)["status"]
+        assert row == "HEAD" or expected == json.loads(body)["status"]
         assert b"Connection: close" in answer
         assert 1 == sum(worker.tally.refusals.values())
         await worker.settled()
@@ -250,6 +256,7 @@ async def test_the_small_pages() -> None:
     async with running() as worker:
         status, answer, body = await asked(worker, get("/healthz"))
         assert (200, {"status": "ok"}) == (status, json.loads(body))
+        assert b"\r\nX-Request-ID: r1\r\n" in answer
         status, same, body = await asked(worker, get("/healthz", "HEAD"))
         assert (200, b"", answer) == (status, body, same)
         status, answer, _ = await asked(worker, get("/healthz", "DELETE"))
@@ -303,3 +310,125 @@ async def test_a_draining_worker_says_goodbye_to_everybody() -> None:
             await client.send(text({"type": "ping"}) + close(1001))
             assert ("going_away", 1001) == await client.farewell()
         await worker.settled()
+
+
+# Origins and limits.
+
+
+class Counting(Verifier):
+    """Counts how often it is asked."""
+
+    asked = 0
+
+    def verify(self, token: str, now: float) -> Claims:
+        """Verify it."""
+        self.asked += 1
+        return super().verify(token, now)
+
+
+NO_LIMITS = Limits(connections=0, address_connections=0, handshakes=0, address_handshakes=0)
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "expected"),
+    [
+        (None, None, 101),
+        (None, "http://localhost", 101),
+        (None, "http://localhost:5173", 101),
+        (None, "http://evil.example", 403),
+        (None, "null", 403),
+        (["https://app.example"], "https://app.example", 101),
+        (["https://app.example"], "http://localhost", 403),
+        (["https://*.app.example"], "https://a.app.example", 101),
+        (["https://*.app.example"], "https://a.app.example.evil.org", 403),
+        (["*"], "http://evil.example", 101),
+    ],
+)
+async def test_whose_web_page_it_is_comes_before_the_token(
+    origins: list[str] | None, origin: str | None, expected: int
+) -> None:
+    """Somebody else's page gets 403, whatever its token; no token is looked at for it."""
+    verifier = Counting(SETTINGS)
+    async with running(origins=Origins(origins), verifier=verifier) as worker:
+        for credential in (token(), "rubbish"):
+            before = verifier.asked
+            client = await worker.dial()
+            lines = [] if origin is None else [f"Origin: {origin}"]
+            await client.send(head("/ws", *lines, credential=credential))
+            status, _ = await client.response()
+            wanted = 401 if expected == 101 and credential == "rubbish" else expected
+            assert wanted == status
+            assert (0 if expected == 403 else 1) == verifier.asked - before
+            await client.aclose()
+        assert [] == [one for one in worker.register.entered if expected == 403]
+
+
+async def test_two_origins_are_none() -> None:
+    """No browser sends two; what does, is refused."""
+    async with running() as worker:
+        lines = ["Origin: http://localhost", "Origin: http://localhost"]
+        status, *_ = await asked(worker, head("/ws", *lines, credential=token()))
+        assert status in {400, 403}
+
+
+async def test_a_full_server_says_so_before_it_looks_at_a_token() -> None:
+    """503 with Retry-After for the one beyond WS_MAX_CONNECTIONS; who leaves makes room."""
+    verifier = Counting(SETTINGS)
+    limits = attrs.evolve(NO_LIMITS, connections=3)
+    async with running(board=limits, verifier=verifier) as worker:
+        clients = [await worker.join() for _ in range(3)]
+        assert worker.shared.board.full
+        status, answer, body = await asked(worker, head(credential=token()))
+        assert (503, "the server is full") == (status, json.loads(body)["detail"])
+        assert b"\r\nRetry-After: " in answer
+        assert 3 == verifier.asked
+        await clients[0].aclose()
+        await until(lambda: len(worker.listener.connections) == 2)
+        await worker.join()
+        assert 3 == worker.shared.board.statistics().connections
+
+
+async def test_too_many_handshakes_are_refused_before_a_token_is_looked_at() -> None:
+    """Of the server 503, of one address 429, both with Retry-After; bad tokens count as well."""
+    verifier = Counting(SETTINGS)
+    for limits, peers, expected in (
+        (attrs.evolve(NO_LIMITS, handshakes=5), Peers(), 503),
+        (attrs.evolve(NO_LIMITS, address_handshakes=1), Peers(limit_loopback=True), 429),
+    ):
+        async with running(board=limits, peers=peers, verifier=verifier) as worker:
+            verifier.asked = 0
+            answers = [await asked(worker, head(credential="rubbish")) for _ in range(30)]
+            statuses = [status for status, *_ in answers]
+            assert {401, expected} == set(statuses)
+            assert statuses.count(401) == verifier.asked
+            refused = next(answer for status, answer, _ in answers if status == expected)
+            assert b"\r\nRetry-After: " in refused
+
+
+async def test_loopback_is_not_limited_by_address() -> None:
+    """A proxy on the same machine brings everybody's connections."""
+    limits = attrs.evolve(NO_LIMITS, address_connections=1, address_handshakes=0.25)
+    async with running(board=limits) as worker:
+        for _ in range(5):
+            await worker.join()
+
+
+async def test_connections_of_one_address_are_counted_to_their_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However they end, their places are free again: clean, reset, ended by us, nameless."""
+    monkeypatch.setattr(connection_module, "CLOSE_SECONDS", 0.05)
+    limits = attrs.evolve(NO_LIMITS, address_connections=4)
+    peers = Peers(limit_loopback=True)
+    async with running(board=limits, peers=peers) as worker:
+        for _ in range(3):
+            clean, reset, ended = [await worker.join() for _ in range(3)]
+            nameless = await worker.nameless()
+            assert 429 == (await asked(worker, head(credential=token())))[0]
+            await clean.send(close(1000))
+            reset.reset()
+            next(iter(worker.listener.connections)).end(CloseReason.GOING_AWAY)
+            for client in (clean, ended, nameless):
+                await client.aclose()
+            await until(lambda: not worker.listener.connections)
+            assert 0 == worker.shared.board.statistics().connections

@@ -49,7 +49,7 @@ def test_there_are_few_series(tmp_path: Path) -> None:
 
     Exporter(tally, tmp_path, "w0.1").flush()
 
-    assert len(scraped(tmp_path)) < 300
+    assert len(scraped(tmp_path)) < 350
 
 
 def test_what_was_counted_is_scraped(tmp_path: Path) -> None:

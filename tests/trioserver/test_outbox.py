@@ -14,7 +14,7 @@ from tests.trioserver.wire import Pair
 from trioserver import frames
 from trioserver.deflate import Compressor
 from trioserver.envelope import Change, Entry
-from trioserver.outbox import CROWD_BYTES, DeflatingOutbox, Outbox, OutboxLimits
+from trioserver.outbox import CROWD_BYTES, Budget, DeflatingOutbox, Outbox, OutboxLimits
 
 
 class Owner:
@@ -480,3 +480,84 @@ def test_entries_of_the_ledger_are_for_the_owner_to_judge(*, everyone: bool) -> 
         assert outbox.enter(entry, everyone=everyone)
         assert [(entry, everyone)] * 3 == owner.entries
         assert b"" == drain(pair.client)
+
+
+def test_the_budget_knows_what_waits_everywhere() -> None:
+    """However bytes come and go (held back, partly sent, flushed, dropped), the sum is right."""
+    budget = Budget(0)
+    limits = OutboxLimits(max_bytes=1 << 20, max_frames=1000, budget=budget)
+    with Pair() as one, Pair() as two:
+        boxes = [Outbox(pair.server, limits, Owner()) for pair in (one, two)]
+
+        def settled() -> bool:
+            return budget.used == sum(box.waiting_bytes for box in boxes)
+
+        boxes[0].cork()
+        for size in (10, 70_000, 5):
+            for box in boxes:
+                assert box.offer(b"x" * size)
+                assert settled()
+        assert budget.used > 70_000
+        boxes[0].uncork(b"first")
+        assert settled()
+        for _ in range(3):
+            drain(two.client)
+            boxes[1].flush()
+            assert settled()
+        boxes[0].finish(b"bye", drop=True)
+        assert settled()
+        boxes[1].finish(b"bye")
+        assert settled()
+        boxes[0].abandon()
+        boxes[1].abandon()
+        assert 0 == budget.used
+
+
+def test_beyond_the_budget_somebody_must_make_room() -> None:
+    """Asked once for each excess, not again for what making room costs; then all goes on."""
+    budget = Budget(100_000)
+    limits = OutboxLimits(max_bytes=1 << 20, max_frames=1000, budget=budget)
+    asked: list[int] = []
+    with Pair() as one, Pair() as two:
+        large, small = [Outbox(pair.server, limits, Owner()) for pair in (one, two)]
+
+        def make_room() -> None:
+            asked.append(budget.used)
+            large.finish(b"farewell", drop=True)
+
+        budget.on_exceeded = make_room
+        small.cork()
+        assert small.offer(b"y" * 1000)
+        while not asked:
+            assert large.offer(b"x" * 9000) or asked
+        assert 1 == len(asked)
+        assert asked[0] > 100_000
+        assert not large.offer(b"x")
+        assert budget.used < 20_000
+        assert small.offer(b"y" * 1000)
+        assert 1 == len(asked)
+
+
+def test_a_frame_that_costs_its_own_outbox_is_not_accepted() -> None:
+    """Whoever offered it is told that it will not come."""
+    budget = Budget(50_000)
+    limits = OutboxLimits(max_bytes=1 << 20, max_frames=1000, budget=budget)
+    with Pair() as pair:
+        outbox = Outbox(pair.server, limits, Owner())
+        budget.on_exceeded = lambda: outbox.finish(b"", drop=True)
+        while outbox.offer(b"x" * 9000):
+            assert budget.used <= budget.limit
+        assert outbox.closed
+
+
+def test_who_finds_no_room_is_not_asked_for_every_byte() -> None:
+    """If nothing can be given up, the question comes again only when much more waits."""
+    asked: list[int] = []
+    budget = Budget(1600)
+    budget.on_exceeded = lambda: asked.append(budget.used)
+    for _ in range(40):
+        budget.take(50)
+    assert [1650, 1800, 1950] == asked
+    budget.take(-1000)
+    budget.take(700)
+    assert 4 == len(asked)

@@ -270,6 +270,26 @@ async def test_wait_settled_returns_when_those_who_were_there_are_gone() -> None
             await done.wait()
 
 
+async def test_a_socket_is_waited_for_whoever_has_taken_it_over() -> None:
+    """An arrival that is answered lingers under another name: it is the socket that counts."""
+    async with running() as bench:
+        _, first = bench.peer()
+        done = trio.Event()
+
+        async def wait() -> None:
+            await bench.pump.wait_settled()
+            done.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            second = SimplePeer(first.sock)
+            bench.pump.replace(second)
+            assert not done.is_set()
+            bench.pump.forget(second)
+            await done.wait()
+
+
 async def test_work_per_round_is_bounded() -> None:
     """More ready sockets than one round takes: others have their turn in between."""
     most = pump_module.EVENTS_PER_ROUND
@@ -301,7 +321,7 @@ async def open_door(bench: Bench) -> AsyncIterator[tuple[Door, list[socket.socke
     admitted: list[socket.socket] = []
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listening:
         listening.setblocking(False)
-        door = Door(bench.pump, listening, admitted.append, bench.bugs.append)
+        door = Door(bench.pump, listening, lambda sock, _: admitted.append(sock), bench.bugs.append)
         door.unlock()
         try:
             yield door, admitted, listening.getsockname()[1]
@@ -345,7 +365,7 @@ async def test_a_bug_while_admitting_concerns_one_client() -> None:
     async with running() as bench, open_door(bench) as (door, admitted, port):
         taken = door._admit
 
-        def stumble(sock: socket.socket) -> None:
+        def stumble(sock: socket.socket, _name: object) -> None:
             door._admit = taken
             sock.close()
             raise LookupError("a bug")
@@ -377,7 +397,7 @@ OUT_OF_DESCRIPTORS = """
         for _ in range(3):
             filler.pop().close()
         admitted, pauses, bugs = [], [], []
-        door = Door(pump, listening, admitted.append, pauses.append)
+        door = Door(pump, listening, lambda sock, _: admitted.append(sock), pauses.append)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pump.run)
             nursery.start_soon(pump.run_timers)

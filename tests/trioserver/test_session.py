@@ -6,15 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trioserver.buckets import Buckets, Rate
 from trioserver.errors import CloseReason
 from trioserver.session import (
     MAX_STRIKES,
     STRIKE_SECONDS,
     Acknowledge,
     Action,
+    Answer,
     Authenticate,
     Close,
     MarkRead,
+    Refresh,
     Send,
     SendError,
     Session,
@@ -33,7 +36,7 @@ def say(session: Session, message: object, now: float = NOW) -> Action | None:
 
 def reply(action: Action | None) -> dict[str, object]:
     """Return the JSON that an action sends."""
-    assert isinstance(action, Send | SendError)
+    assert isinstance(action, Send | Answer | SendError)
     found = json.loads(action.data)
     assert isinstance(found, dict)
     return found
@@ -89,7 +92,7 @@ def test_one_message_one_reply(
     action = say(Session(user), message)
     if isinstance(answer, dict):
         assert answer == reply(action)
-        assert isinstance(action, Send)
+        assert isinstance(action, Send | Answer)
     else:
         assert isinstance(action, SendError)
         error = reply(action)
@@ -152,7 +155,7 @@ def test_twenty_malformed_messages_in_ten_seconds_end_it() -> None:
     session = Session("ann")
     for i in range(MAX_STRIKES - 1):
         assert isinstance(say(session, b"?", NOW + i * 0.5), SendError)
-        assert isinstance(say(session, {"type": "ping"}, NOW + i * 0.5), Send)
+        assert isinstance(say(session, {"type": "ping"}, NOW + i * 0.5), Answer)
     action = say(session, b"?", NOW + STRIKE_SECONDS - 0.1)
     assert isinstance(action, Close)
     assert CloseReason.POLICY is action.reason
@@ -202,3 +205,69 @@ def test_the_same_history_gives_the_same_actions(history: list[bytes]) -> None:
         first, second = say(one, text, NOW + i * 0.1), say(two, text, NOW + i * 0.1)
         assert first == second
         assert (first is None) == (one.closed and not isinstance(first, Close))
+
+
+def test_refresh_is_for_those_who_have_a_user() -> None:
+    """The token is passed on with its ref; the nameless must say auth."""
+    message = {"type": "refresh", "token": "t", "ref": "r"}
+    assert Refresh("t", "r") == say(Session("ann"), message)
+    assert "unauthenticated" == reply(say(Session(), message))["code"]
+
+
+def limited(count: int = 60, burst: int = 3) -> Buckets[str]:
+    """Return a rate of so many per minute."""
+    return Buckets(Rate(count=count, period=60, burst=burst))
+
+
+def test_what_is_refused_is_not_counted_and_says_when_to_come_again() -> None:
+    """A message over the rate has no effect but its answer; after the wait the next is taken."""
+    session, rates = Session("ann"), limited()
+    ping = b'{"type":"message","ref":"r"}'
+    for _ in range(3):
+        assert isinstance(session.receive(ping, NOW, STAMP, rates), Send)
+    refused = session.receive(ping, NOW + 0.25, STAMP, rates)
+    assert isinstance(refused, SendError)
+    assert ("rate_limited", 750, "r") == tuple(
+        reply(refused)[key] for key in ("code", "retry_after_ms", "ref")
+    )
+    assert 3 == session.count
+    assert isinstance(session.receive(ping, NOW + 1, STAMP, rates), Send)
+    assert 4 == session.count
+
+
+def test_who_does_not_stop_is_closed() -> None:
+    """Twenty refusals within ten seconds are one too many; over a longer time they are not."""
+    session, rates = Session("ann"), limited(burst=1)
+    message = b'{"type":"message"}'
+    actions = [session.receive(message, NOW, STAMP, rates) for _ in range(1 + MAX_STRIKES)]
+    assert Close(CloseReason.RATE) == actions[-1]
+
+    patient, rates = Session("ann"), limited(count=1, burst=1)
+    actions = [patient.receive(message, NOW + i, STAMP, rates) for i in range(59)]
+    assert {Send, SendError} == {type(action) for action in actions}
+
+
+def test_only_messages_are_limited_here() -> None:
+    """Receipts, pings and new tokens are never refused: who sends too many is slowed down."""
+    session, rates = Session("ann"), limited(burst=1)
+    for _ in range(3):
+        for text, action in (
+            (b'{"type":"ack","seq":1}', Acknowledge),
+            (b'{"type":"read","up_to":1}', MarkRead),
+            (b'{"type":"refresh","token":"t"}', Refresh),
+            (b'{"type":"ping"}', Answer),
+        ):
+            assert isinstance(session.receive(text, NOW, STAMP, rates), action)
+    assert isinstance(session.receive(b'{"type":"message"}', NOW, STAMP, rates), Send)
+
+
+def test_users_do_not_share_a_rate_and_the_nameless_have_none() -> None:
+    """A user's rate is his own; who has no user is bounded by strikes and time."""
+    ann, bob, nameless, rates = Session("ann"), Session("bob"), Session(), limited(burst=1)
+    message = b'{"type":"message"}'
+    assert [Send, SendError, Send, SendError] == [
+        type(one.receive(message, NOW, STAMP, rates)) for one in (ann, ann, bob, nameless)
+    ]
+    assert isinstance(
+        nameless.receive(b'{"type":"auth","token":"t"}', NOW, STAMP, rates), Authenticate
+    )

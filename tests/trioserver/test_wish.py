@@ -28,6 +28,8 @@ def of_auth(**fields: object) -> Wish:
         ({}, NO_WISH),
         ({"token": "t", "lang": "de"}, NO_WISH),
         ({"device": "", "position": "", "ack": ""}, NO_WISH),
+        ({"client_type": "ios"}, Wish(client_type="ios")),
+        ({"client_type": "Web_2.0-beta" + "x" * 20}, Wish(client_type="Web_2.0-beta" + "x" * 20)),
         ({"device": "phone"}, Wish(device="phone")),
         ({"device": "!~" * 32}, Wish(device="!~" * 32)),
         ({"position": POSITION}, Wish(position=POSITION)),
@@ -55,6 +57,8 @@ def test_query_parameters(parameters: dict[str, str], expected: Wish) -> None:
         ({"device": None, "position": None, "ack": False}, NO_WISH),
         ({"position": ""}, NO_WISH),
         ({"device": "phone"}, Wish(device="phone")),
+        ({"client_type": "ios"}, Wish(client_type="ios")),
+        ({"client_type": None}, NO_WISH),
         ({"position": "garbage \0é"}, Wish(position="garbage \0é")),
         ({"position": "x" * 256}, Wish(position="x" * 256)),
         (
@@ -117,3 +121,11 @@ def test_what_cannot_be_is_named_and_not_repeated(parameters: dict[str, str], na
     assert "bad_message" == caught.value.code
     assert caught.value.message.startswith(names)
     assert len(caught.value.message) < 80
+
+
+@pytest.mark.parametrize("kind", ["a b", "é", "x" * 33, "a/b", "a\n", "{}"])
+@pytest.mark.parametrize("way", [of_auth, lambda **said: wish.of_query(said)])
+def test_a_client_type_is_a_short_word(kind: str, way: Callable[..., Wish]) -> None:
+    """It is shown to people and kept per connection: nothing strange gets in."""
+    with pytest.raises(ClientError):
+        way(client_type=kind)

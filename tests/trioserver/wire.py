@@ -11,16 +11,19 @@ import json
 import random
 import select
 import socket
+import ssl
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Final, Self
+from typing import Final, Self, TypedDict, Unpack
 
 import attrs
 import trio
 
 from trioserver import health
 from trioserver.auth import Verifier, sign
+from trioserver.board import Board, Limits
+from trioserver.buckets import Buckets
 from trioserver.connection import Connection
 from trioserver.delivery import Delivery
 from trioserver.errors import CloseReason
@@ -28,11 +31,15 @@ from trioserver.hub import Hub
 from trioserver.ledger import Item, Page, Rules
 from trioserver.listener import Listener
 from trioserver.metrics import Tally
+from trioserver.origins import Origins
 from trioserver.outbox import OutboxLimits
+from trioserver.peers import Peers
 from trioserver.pump import Door, Peer, Pump
 from trioserver.receipts import Receipts
+from trioserver.revocation import Revoked
+from trioserver.session import UNLIMITED
 from trioserver.settings import Settings
-from trioserver.shared import Followed, Pace, Shared, Waiting
+from trioserver.shared import UNLIMITED_BOARD, Followed, Pace, Shared, Waiting
 
 LIMIT: Final = 15.0
 """Absolute limit of a network test, in seconds of its clock."""
@@ -279,6 +286,22 @@ class Reading:
         waiter.answered(found, everyone=everyone)
 
 
+class Register:
+    """Stands where the register of the fleet stands; notes who is connected."""
+
+    def __init__(self) -> None:
+        self.entered: list[Connection] = []
+        self.left: list[Connection] = []
+
+    def enter(self, connection: Connection) -> None:
+        """Note it."""
+        self.entered.append(connection)
+
+    def leave(self, connection: Connection) -> None:
+        """Note its end."""
+        self.left.append(connection)
+
+
 def page(
     *items: Item,
     start: str = "0-0",
@@ -300,6 +323,7 @@ class Worker:
     listener: Listener
     follower: Follower
     reading: Reading
+    register: Register
     delivery: Delivery
     door: Door
     port: int
@@ -361,7 +385,7 @@ class Worker:
             ours = socket.create_connection(door.getsockname())
             theirs, _ = door.accept()
         theirs.setblocking(False)
-        self.listener.admit(theirs)
+        self.listener.admit(theirs, theirs.getpeername())
         return self._client(trio.socket.from_stdlib_socket(ours)), self.peer(theirs)
 
     def peer(self, sock: socket.socket) -> Peer:
@@ -415,6 +439,16 @@ def sockets_of(peers: Iterator[Peer]) -> list[socket.socket]:
     ]
 
 
+class Doors(TypedDict, total=False):
+    """What a worker's listener may be told beside; see `Listener`."""
+
+    origins: Origins
+    peers: Peers
+    max_arrivals_per_address: int
+    max_sockets: int
+    tls: ssl.SSLContext | None
+
+
 @contextlib.asynccontextmanager
 async def running(
     *,
@@ -427,6 +461,12 @@ async def running(
     send_buffer: int = 0,
     pumping: bool = True,
     bugs_expected: bool = False,
+    verifier: Verifier | None = None,
+    rates: Buckets[str] = UNLIMITED,
+    requests: Buckets[str] = UNLIMITED,
+    revoked: Revoked | None = None,
+    board: Limits = UNLIMITED_BOARD,
+    **doors: Unpack[Doors],
 ) -> AsyncIterator[Worker]:
     """Run a small worker; everything is gone afterwards, and it had no bugs."""
     bugs: list[BaseException] = []
@@ -435,7 +475,7 @@ async def running(
     door_sock.setblocking(False)
     if send_buffer:
         door_sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    hub, tally, follower, reading = Hub(), Tally(), Follower(), Reading()
+    hub, tally, follower, reading, register = Hub(), Tally(), Follower(), Reading(), Register()
     pump = Pump(bugs.append)
     shared = Shared(
         pump=pump,
@@ -444,7 +484,12 @@ async def running(
         reader=reading,
         receipts=Receipts(Rules(), tally, lambda _what, bug: bugs.append(bug), print),
         rules=Rules(),
-        verifier=Verifier(SETTINGS),
+        verifier=verifier or Verifier(SETTINGS),
+        revoked=revoked or Revoked(),
+        board=Board.alone(board),
+        registry=register,
+        rates=rates,
+        requests=requests,
         tally=tally,
         pace=pace,
         outbox_limits=limits or OutboxLimits(),
@@ -456,6 +501,7 @@ async def running(
         log_end=lambda _connection, reason: ends.append(reason),
         rng=random.Random(1),
     )
+    shared.outbox_limits.budget.on_exceeded = shared.cut_largest
     pages = {"/healthz": lambda: (200, health.JSON, health.liveness_body())}
     listener = Listener(
         shared=shared,
@@ -464,6 +510,7 @@ async def running(
         handshake_timeout=handshake_timeout,
         query_token=query_token,
         pages=pages,
+        **doors,
     )
     delivery = Delivery(
         hub=hub,
@@ -486,6 +533,7 @@ async def running(
                         listener=listener,
                         follower=follower,
                         reading=reading,
+                        register=register,
                         delivery=delivery,
                         door=door,
                         port=door_sock.getsockname()[1],
