@@ -12,7 +12,7 @@ import attrs
 from trioserver.peers import UNKNOWN, address_text
 
 MAX_AGENT: Final = 128
-"""Characters of ``User-Agent`` that are kept."""
+"""Bytes of ``User-Agent`` that are kept."""
 
 
 @attrs.frozen
@@ -34,13 +34,13 @@ class Caller:
         return address_text(self.peer)
 
 
-def caller(peer: int, key: int | None, agent: str, client_type: str) -> Caller:
+def caller(peer: int, key: int | None, agent: bytes, client_type: str) -> Caller:
     """Return a caller; the same object for the same values, of which there are often many.
 
     Args:
         peer: See `Caller.peer`.
         key: See `Caller.key`.
-        agent: As it came.
+        agent: ``User-Agent`` as it came.
         client_type: See `Caller.client_type`; bounded by `wish`.
     """
     # Cut first: what is remembered must be bounded, too.
@@ -48,10 +48,6 @@ def caller(peer: int, key: int | None, agent: str, client_type: str) -> Caller:
 
 
 @functools.lru_cache(maxsize=4096)
-def _caller(peer: int, key: int | None, agent: str, client_type: str) -> Caller:
-    visible = agent if agent.isprintable() else _made_visible(agent)
-    return Caller(peer, key, visible, client_type)
-
-
-def _made_visible(text: str) -> str:
-    return "".join([char if char.isprintable() else "?" for char in text])
+def _caller(peer: int, key: int | None, agent: bytes, client_type: str) -> Caller:
+    visible = [char if char.isprintable() else "?" for char in agent.decode("latin-1")]
+    return Caller(peer, key, "".join(visible), client_type)

@@ -236,7 +236,8 @@ class Listener:
         if not self.origins.allows(request.header(b"origin"), host, secure=secure):
             raise Refusal(403, "pages of this origin may not connect (WS_ALLOWED_ORIGINS)")
         peers = self.peers
-        address = peers.client(peer, request.header(peers.header))
+        nobody = peers.trusts_nobody
+        address = peer if nobody else peers.client(peer, request.header(peers.header))
         key = peers.key(address)
         self._make_room(key)
         parameters = request.parameters()
@@ -248,7 +249,7 @@ class Listener:
         if claims is None and upgrade.extension is not None:
             # Inflating is work, and nobody may ask for it who has not said who he is.
             upgrade = attrs.evolve(upgrade, extension=None)
-        agent = request.header(b"user-agent") or ""
+        agent = request.headers.get(b"user-agent", b"")
         return Admitted(upgrade, claims, wish, caller(address, key, agent, wish.client_type))
 
     def _make_room(self, key: int | None) -> None:

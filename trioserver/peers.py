@@ -53,6 +53,7 @@ _LOOPBACK_IPV6: Final = 1
 _BRACKETS: Final = re.compile(r"\[([^\]]*)\](?::[0-9]{1,5})?")
 
 
+@functools.lru_cache(maxsize=4096)
 def address_of(text: str) -> int | None:
     """Return an IP address as a number; None if that is none. Never raises.
 
@@ -72,7 +73,7 @@ def address_of(text: str) -> int | None:
 def peer_address(name: object) -> int:
     """Return the address in what ``accept()`` or ``getpeername()`` gave, of any family."""
     if isinstance(name, tuple):
-        address = address_of(str(name[0]))
+        address = address_of(name[0])
         return UNKNOWN if address is None else address
     return UNIX
 
@@ -156,6 +157,11 @@ class Peers:
         self._ipv6 = tuple((bits, value) for ipv4, bits, value in networks if not ipv4)
         self._nobody = not (networks or self._unix)
         self._limit_loopback = limit_loopback
+
+    @property
+    def trusts_nobody(self) -> bool:
+        """Whether there are no proxies whose word counts, so that no header need be looked at."""
+        return self._nobody
 
     @classmethod
     def parse(cls, text: str, *, limit_loopback: bool = False) -> "Peers":

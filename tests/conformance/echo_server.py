@@ -143,7 +143,7 @@ class EchoListener(Listener):
     def judge(self, request: Request, peer: int) -> Admitted:
         """Admit everybody, with compression if it may be; echoes have no users."""
         accepted = upgrade(request, may_deflate=self.shared.compressor is not None)
-        return Admitted(accepted, None, NO_WISH, caller(peer, None, "", ""))
+        return Admitted(accepted, None, NO_WISH, caller(peer, None, b"", ""))
 
     def connection(self, sock: socket.socket, admitted: Admitted) -> Connection:
         """Make an echo."""
