@@ -39,6 +39,8 @@ The same setting in each layer:
 - *Durations* are written `250ms`, `30s`, `5m`, `1h`, `7d`; a bare number counts the unit of the
   table. *Sizes* are bytes or `16KiB`, `1MiB`; `16k` and `16KB` mean the same as `16KiB`.
 - *Booleans* are `true`, `1`, `yes`, `on` or `false`, `0`, `no`, `off`. *Lists* have commas.
+- Commands read their own environment, not that of a running server; a reload reads the file, and
+  the files that settings name, again. `WORKERS`, ports and `DATA_DIR` change with a restart only.
 - Relative paths start at the working directory.
 - Secrets belong in the environment or the file: command lines can be read by every user of
   the machine.

@@ -47,6 +47,12 @@ class _Seen(msgspec.Struct, gc=False):
     reconnect_in_ms: int = 0
 
 
+class _Problem(msgspec.Struct, gc=False):
+    """A refusal before the upgrade."""
+
+    detail: str
+
+
 @attrs.define(eq=False, kw_only=True)
 class Listening:
     """What is asked for, and how far we are; lives through all connections."""
@@ -165,13 +171,20 @@ async def _once(
     except trio_websocket.ConnectionRejected as rejected:
         if rejected.status_code in _FINAL_STATUSES:
             what = "token" if rejected.status_code in {401, 403} else "address"
-            raise CommandError(
-                f"{url} refused with HTTP {rejected.status_code}: check the {what}"
-            ) from None
+            problem = f"{url} refused with HTTP {rejected.status_code}: check the {what}"
+            raise CommandError(problem + _detail(rejected.body)) from None
         note(f"{url} refused with HTTP {rejected.status_code}")
     except (OSError, trio_websocket.HandshakeError) as error:
         note(f"cannot connect to {url}: {_root(error)}")
     return None
+
+
+def _detail(body: bytes | None) -> str:
+    """Return what the server has said about its refusal, if it did."""
+    try:
+        return f" ({msgspec.json.decode(body or b'', type=_Problem).detail})"
+    except msgspec.MsgspecError:
+        return ""
 
 
 def _root(error: BaseException) -> str:

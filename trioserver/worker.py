@@ -212,6 +212,7 @@ class Worker:
             log_trouble=lambda problem: self._log_quietly("the register is not kept", problem),
         )
         self._subscription.follow(self._registry.channel)
+        self._hints = frozenset({self._watch.channel, self._registry.channel})
         self._keyring = key_keeping.keyring_of(settings)
         self._has_key = settings.jwt_public_key_file is not None
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -400,14 +401,13 @@ class Worker:
         canary = self._canary
         if canary is not None and channel == canary.channel:
             canary.returned(payload, trio.current_time())
-            return None
-        if channel == self._watch.channel:
-            self._watch.hint()
-            return None
-        if channel == self._registry.channel:
+        elif channel not in self._hints:
+            return self._delivery.receive(channel, payload)
+        elif channel == self._registry.channel:
             self._registry.hinted(payload)
-            return None
-        return self._delivery.receive(channel, payload)
+        else:
+            self._watch.hint()
+        return None
 
     async def _end_revoked(self) -> None:
         """End connections whose token has just turned out to be revoked."""
