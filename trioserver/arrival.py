@@ -27,9 +27,7 @@ READ_BYTES: Final = 16 << 10
 RETRY_AFTER_SECONDS: Final = 2
 """What a client is told that was refused for want of room."""
 
-CROWDED: Final = Refusal(
-    429, "too many handshakes from this address", (("Retry-After", str(RETRY_AFTER_SECONDS)),)
-)
+CROWDED: Final = Refusal.for_now(429, "too many handshakes from this address", RETRY_AFTER_SECONDS)
 
 
 class Next(enum.Enum):
@@ -85,6 +83,18 @@ class Arrival:
         if self._next is Next.TLS:
             self._shake()
 
+    def _take(self, size: int, flags: int = 0) -> bytes:
+        """Return what came; nothing if it has not, or if the client is gone, which ends this."""
+        try:
+            data = self._sock.recv(size, flags)
+        except BlockingIOError:
+            return b""
+        except OSError:
+            data = b""
+        if not data:
+            self._drop()
+        return data
+
     # Who is it really?
 
     def _read_proxy(self) -> None:
@@ -92,14 +102,8 @@ class Arrival:
 
         What follows that head is looked at and left where it is, for TLS wants it from the socket.
         """
-        try:
-            data = self._sock.recv(MAX_V2, socket.MSG_PEEK)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
+        data = self._take(MAX_V2, socket.MSG_PEEK)
         if not data:
-            self._drop()
             return
         known = bytes(self._buffer or b"")
         found = proxy_head(known + data)
@@ -159,14 +163,8 @@ class Arrival:
 
     def _read_request(self) -> None:
         """Take bytes of the head; answer when it is complete."""
-        try:
-            data = self._sock.recv(READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
+        data = self._take(READ_BYTES)
         if not data:
-            self._drop()
             return
         self._listener.shared.tally.bytes_in += len(data)
         known = 0

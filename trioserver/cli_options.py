@@ -4,6 +4,7 @@ Each command takes every setting, so that one set of options serves all of them;
 those that matter to it.
 """
 
+import datetime as dt
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -92,6 +93,25 @@ def with_secrets(settings: Settings, *, create: bool) -> Settings:
     for line in completed.notes:
         note(line)
     return completed.settings
+
+
+def date_and_time(text: str, other: str) -> float:
+    """Return seconds since 1970 for a date and time with a time zone.
+
+    Args:
+        text: Such as ``2026-11-20T18:00:00Z``.
+        other: An example of what else the option takes.
+
+    Raises:
+        ValueError: With the end of the sentence '"abc" ...'.
+    """
+    try:
+        moment = dt.datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"is not a moment, such as {other} or 2026-11-20T18:00:00Z") from None
+    if moment.tzinfo is None:
+        raise ValueError("has no time zone: end it with Z or +01:00")
+    return moment.timestamp()
 
 
 def as_arguments(flags: Mapping[str, str | None], config_file: Path | None) -> list[str]:

@@ -4,7 +4,6 @@ Each opens a `Publisher` for one call. That and what comes with it is imported w
 ``trioserver --help`` should not pay for a Redis client.
 """
 
-import datetime as dt
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +14,13 @@ import attrs
 import click
 import msgspec
 
-from trioserver.cli_options import load_settings, where_is_redis, with_settings, written_as
+from trioserver.cli_options import (
+    date_and_time,
+    load_settings,
+    where_is_redis,
+    with_settings,
+    written_as,
+)
 from trioserver.errors import CommandError
 from trioserver.ledger import SCRIPTS, Accepted
 from trioserver.life_words import standing_text, trace_text
@@ -34,13 +39,7 @@ def _moment(text: str) -> float:
     """Return seconds since 1970 for ``+5m`` or a date and time with a time zone."""
     if text.startswith("+"):
         return time.time() + DURATION.parse(text[1:])
-    try:
-        moment = dt.datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError("is not a moment, such as +5m or 2026-11-20T18:00:00Z") from None
-    if moment.tzinfo is None:
-        raise ValueError("has no time zone: end it with Z or +01:00")
-    return moment.timestamp()
+    return date_and_time(text, "+5m")
 
 
 _duration: Final = written_as(duration(low=0.001))

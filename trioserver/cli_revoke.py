@@ -1,6 +1,5 @@
 """The command ``revoke``: tokens that are good no more."""
 
-import datetime as dt
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,13 @@ import attrs
 import click
 import msgspec
 
-from trioserver.cli_options import load_settings, where_is_redis, with_settings, written_as
+from trioserver.cli_options import (
+    date_and_time,
+    load_settings,
+    where_is_redis,
+    with_settings,
+    written_as,
+)
 from trioserver.errors import CommandError, RedisRefused, RedisUnavailable
 from trioserver.messages import rfc3339
 from trioserver.setting_kinds import DURATION, Kind
@@ -26,16 +31,6 @@ TIMEOUT_SECONDS: Final = 5.0
 PAGE: Final = 1000
 
 
-def _at(text: str) -> float:
-    try:
-        moment = dt.datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError("is not a moment, such as 10m or 2026-11-20T18:00:00Z") from None
-    if moment.tzinfo is None:
-        raise ValueError("has no time zone: end it with Z or +01:00")
-    return moment.timestamp()
-
-
 @attrs.frozen
 class _Distance:
     """A moment so many seconds from now, by a clock that is not this machine's."""
@@ -48,13 +43,13 @@ def _moment(text: str) -> "_Distance | float":
     if text == "now":
         return _Distance(0.0)
     if "-" in text or ":" in text:
-        return _at(text)
+        return date_and_time(text, "10m")
     try:
         return _Distance(DURATION.parse(text))
     except ValueError as problem:
         if "from" in str(problem):  # a duration, but too long
             raise
-        return _at(text)
+        return date_and_time(text, "10m")
 
 
 def _end(text: str) -> float:

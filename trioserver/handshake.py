@@ -65,6 +65,11 @@ class Refusal(Exception):  # noqa: N818 - reads as what is sent
     problem: str
     headers: tuple[tuple[str, str], ...] = ()
 
+    @classmethod
+    def for_now(cls, status: int, problem: str, retry_after: int) -> "Refusal":
+        """Make the refusal of a client that may come again after so many seconds."""
+        return cls(status, problem, (("Retry-After", str(retry_after)),))
+
     def response(self, *, request_id: str = "", secure: bool = False, head: bool = False) -> bytes:
         """Return the whole HTTP answer.
 

@@ -36,7 +36,7 @@ from trioserver.response_heads import request_id
 from trioserver.shared import Shared
 from trioserver.wish import Wish, of_query
 
-_FULL: Final = Refusal(503, "the server is full", (("Retry-After", str(RETRY_AFTER_SECONDS)),))
+_FULL: Final = Refusal.for_now(503, "the server is full", RETRY_AFTER_SECONDS)
 """Only ever asked for its response, never raised: a raised one would collect tracebacks."""
 
 _LIMITS: Final = {
@@ -260,12 +260,10 @@ class Listener:
         """
         if self.draining or 0 < self.max_connections <= len(self.connections):
             why = "the server is going away" if self.draining else _LIMITS["connections"]
-            raise Refusal(503, why, (("Retry-After", str(RETRY_AFTER_SECONDS)),))
+            raise Refusal.for_now(503, why, RETRY_AFTER_SECONDS)
         refused = self.shared.board.admit(key, time.monotonic())
         if refused is not None:
-            raise Refusal(
-                refused.status, _LIMITS[refused.why], (("Retry-After", str(refused.retry_after)),)
-            )
+            raise Refusal.for_now(refused.status, _LIMITS[refused.why], refused.retry_after)
 
     def _authenticate(self, token: str | None, parameters: Mapping[str, str]) -> Claims | None:
         if token is None:
@@ -279,8 +277,8 @@ class Listener:
             return self.shared.verify(token)
         except AuthError as error:
             if error.retry_after:
-                later = (("Retry-After", str(error.retry_after)),)
-                raise Refusal(503, "the key of this token is not known yet", later) from None
+                problem = "the key of this token is not known yet"
+                raise Refusal.for_now(503, problem, error.retry_after) from None
             raise Refusal(401, "the token was not accepted", _CHALLENGE) from None
 
     def start(self, sock: socket.socket, admitted: Admitted, early: bytes) -> None:

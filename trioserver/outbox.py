@@ -26,7 +26,6 @@ import attrs
 
 from trioserver.deflate import Compressor
 from trioserver.envelope import Entry
-from trioserver.tls import TlsSocket
 
 MAX_VECTOR: Final = 64
 """Frames handed to one ``sendmsg``; well below the kernel's IOV_MAX of 1,024."""
@@ -290,8 +289,10 @@ class Outbox:
         if self.closed and not drop:
             return
         if drop and self._waiting is not None:
-            # Without an offset the first frame has not been begun and goes with the rest.
-            begun = self._waiting[0] if self._offset or self._record_begun else b""
+            # Without an offset the first frame has not been begun and goes with the rest. (Nor has
+            # it with TLS: of what is encrypted already all but the last byte counts as sent, and no
+            # frame has only one.)
+            begun = self._waiting[0] if self._offset else b""
             self._waiting = deque((begun,)) if begun else None
             self._hold(max(0, len(begun) - self._offset) - self.waiting_bytes)
         self.closed = True
@@ -316,11 +317,6 @@ class Outbox:
         self._waiting = None
         self._offset = 0
         self._hold(-self.waiting_bytes)
-
-    @property
-    def _record_begun(self) -> bool:
-        """Whether OpenSSL holds the beginning of the first frame and wants the rest of it."""
-        return isinstance(self._sock, TlsSocket) and self._sock.begun
 
 
 class DeflatingOutbox(Outbox):

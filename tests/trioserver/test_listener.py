@@ -25,10 +25,10 @@ from tests.trioserver.wire import (
 from trioserver import connection as connection_module
 from trioserver.arrival import Arrival
 from trioserver.auth import Claims, Verifier
-from trioserver.board import Limits
 from trioserver.errors import CloseReason
 from trioserver.origins import Origins
 from trioserver.peers import Peers
+from trioserver.shared import UNLIMITED_BOARD
 
 
 def get(path: str, method: str = "GET") -> bytes:
@@ -326,9 +326,6 @@ class Counting(Verifier):
         return super().verify(token, now)
 
 
-NO_LIMITS = Limits(connections=0, address_connections=0, handshakes=0, address_handshakes=0)
-
-
 @pytest.mark.parametrize(
     ("origins", "origin", "expected"),
     [
@@ -374,7 +371,7 @@ async def test_two_origins_are_none() -> None:
 async def test_a_full_server_says_so_before_it_looks_at_a_token() -> None:
     """503 with Retry-After for the one beyond WS_MAX_CONNECTIONS; who leaves makes room."""
     verifier = Counting(SETTINGS)
-    limits = attrs.evolve(NO_LIMITS, connections=3)
+    limits = attrs.evolve(UNLIMITED_BOARD, connections=3)
     async with running(board=limits, verifier=verifier) as worker:
         clients = [await worker.join() for _ in range(3)]
         assert worker.shared.board.full
@@ -392,8 +389,8 @@ async def test_too_many_handshakes_are_refused_before_a_token_is_looked_at() -> 
     """Of the server 503, of one address 429, both with Retry-After; bad tokens count as well."""
     verifier = Counting(SETTINGS)
     for limits, peers, expected in (
-        (attrs.evolve(NO_LIMITS, handshakes=5), Peers(), 503),
-        (attrs.evolve(NO_LIMITS, address_handshakes=1), Peers(limit_loopback=True), 429),
+        (attrs.evolve(UNLIMITED_BOARD, handshakes=5), Peers(), 503),
+        (attrs.evolve(UNLIMITED_BOARD, address_handshakes=1), Peers(limit_loopback=True), 429),
     ):
         async with running(board=limits, peers=peers, verifier=verifier) as worker:
             verifier.asked = 0
@@ -407,7 +404,7 @@ async def test_too_many_handshakes_are_refused_before_a_token_is_looked_at() -> 
 
 async def test_loopback_is_not_limited_by_address() -> None:
     """A proxy on the same machine brings everybody's connections."""
-    limits = attrs.evolve(NO_LIMITS, address_connections=1, address_handshakes=0.25)
+    limits = attrs.evolve(UNLIMITED_BOARD, address_connections=1, address_handshakes=0.25)
     async with running(board=limits) as worker:
         for _ in range(5):
             await worker.join()
@@ -418,7 +415,7 @@ async def test_connections_of_one_address_are_counted_to_their_end(
 ) -> None:
     """However they end, their places are free again: clean, reset, ended by us, nameless."""
     monkeypatch.setattr(connection_module, "CLOSE_SECONDS", 0.05)
-    limits = attrs.evolve(NO_LIMITS, address_connections=4)
+    limits = attrs.evolve(UNLIMITED_BOARD, address_connections=4)
     peers = Peers(limit_loopback=True)
     async with running(board=limits, peers=peers) as worker:
         for _ in range(3):
