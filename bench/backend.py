@@ -23,6 +23,9 @@ KEY: Final = b"\1K"
 ID: Final = b"\1I"
 PAYLOAD: Final = b"\1P"
 
+CHAT_SESSIONS: Final = "ts:session:*"
+"""Keys of chat sessions; each has its count in the field ``n``."""
+
 TIMEOUT_SECONDS: Final = 10.0
 READ_BYTES: Final = 256 << 10
 
@@ -123,6 +126,21 @@ def unconfirmed(redis_port: int, users: int) -> int:
 def _received(cursor: object) -> bytes | None:
     """Return the second word of a device's record, the place up to which it has everything."""
     return cursor.split()[1] if isinstance(cursor, bytes) else None
+
+
+def chat_counts(redis_port: int) -> dict[bytes, int]:
+    """Return the stored counts of all chat sessions, by their keys.
+
+    For a Redis that nobody else uses: it looks through all that is there.
+    """
+    (found,) = ask(redis_port, [("KEYS", CHAT_SESSIONS)])
+    names = found if isinstance(found, list) else []
+    counts = ask(redis_port, [("HGET", name, "n") for name in names])
+    return {
+        name: int(count)
+        for name, count in zip(names, counts, strict=True)
+        if isinstance(count, bytes)
+    }
 
 
 def ask(redis_port: int, commands: Sequence[Command]) -> list[object]:

@@ -60,7 +60,7 @@ struct peer {
     int64_t seqs;     /* what the seq of a durable notification is ahead of its index; 0: unknown */
 };
 
-enum kind { NOTHING, FANOUT, UNICAST, DURABLE, ECHO };
+enum kind { NOTHING, FANOUT, UNICAST, DURABLE, ECHO, PACED };
 
 /* A phase is one command's worth of messages. Each has an index for each peer that is to get it;
  * a bit per peer and index tells what has come, so that the counts are exact. */
@@ -74,11 +74,12 @@ static struct {
     uint64_t *seen;
     int64_t start, interval; /* message k of an open loop is due at start + k * interval */
     int64_t *latency;        /* of each message of an open loop, -1 until it has come */
+    char topic[160];         /* what each message of a topic says of itself; empty otherwise */
 } phase;
 
 /* Since the last reply. */
 static struct {
-    int64_t lost, doubled, reordered, failed, greeted, pings, heartbeats;
+    int64_t lost, doubled, reordered, failed, greeted, joined, pings, heartbeats;
     char trouble[200];
 } tally;
 
@@ -191,17 +192,19 @@ static size_t message(char *body, int64_t number, size_t size)
 }
 
 /* Write one PUBLISH of message `number` into `at`. */
-static size_t publication(char *at, int64_t user, int64_t number, size_t size)
+static size_t publication(char *at, const char *channel, int64_t number, size_t size)
 {
-    char channel[40];
     char body[LARGEST_BODY + 100];
     size_t length = message(body, number, size);
-    if (user < 0)
-        strcpy(channel, "channels:broadcast");
-    else
-        snprintf(channel, sizeof channel, "user_noti:u%" PRId64, user);
     return (size_t)sprintf(at, "*3\r\n$7\r\nPUBLISH\r\n$%zu\r\n%s\r\n$%zu\r\n%s\r\n",
                            strlen(channel), channel, length, body);
+}
+
+static size_t publication_to_user(char *at, int64_t user, int64_t number, size_t size)
+{
+    char channel[40];
+    snprintf(channel, sizeof channel, "user_noti:u%" PRId64, user);
+    return publication(at, channel, number, size);
 }
 
 /* Publishing into the ledger, as a back end does it: one script per notification, and its reply is
@@ -359,6 +362,12 @@ static bool record(struct peer *peer, int64_t index)
     return true;
 }
 
+/* Keep how long message `place` of an open loop took, from when it was due. */
+static void measure(int64_t place)
+{
+    phase.latency[place] = now_ns() - (phase.start + place * phase.interval);
+}
+
 /* Return the number behind `name` in `text`, -1 if it is not there. */
 static int64_t number_after(const uint8_t *text, size_t size, const char *name)
 {
@@ -393,15 +402,25 @@ static void take_notification(struct peer *peer, const uint8_t *text, size_t siz
     } else if (place < 0) {
         tally.doubled++; /* Of an earlier phase. */
     } else if (phase.kind == FANOUT) {
+        if (*phase.topic && !memmem(text, size, phase.topic, strlen(phase.topic)))
+            failed(peer, "not of this topic:", text, size);
         record(peer, place);
     } else if (place % peer_count != peer->place) {
         failed(peer, "not for this user:", text, size);
     } else if (record(peer, place / peer_count)) {
         if (phase.latency)
-            phase.latency[place] = now_ns() - (phase.start + place * phase.interval);
+            measure(place);
         if (phase.kind == DURABLE)
             check_seq(peer, place / peer_count, text, size);
     }
+}
+
+/* How many messages this peer sends in this phase; it knows none beyond them. */
+static int64_t asked_of(const struct peer *peer)
+{
+    if (phase.kind == PACED)
+        return (phase.expected - peer->place + peer_count - 1) / peer_count;
+    return phase.kind == ECHO ? phase.each : 0;
 }
 
 static void take_answer(struct peer *peer, const uint8_t *text, size_t size)
@@ -409,13 +428,16 @@ static void take_answer(struct peer *peer, const uint8_t *text, size_t size)
     int64_t count = number_after(text, size, "\"count\":");
     int64_t echoed = number_after(text, size, "\"n\":");
     int64_t index = count - 1 - peer->answered;
-    if (count < 1 || (echoed >= 0 && echoed != count) || index >= phase.each ||
-        (phase.kind != ECHO && index >= 0))
+    if (count < 1 || (echoed >= 0 && echoed != count) || index >= asked_of(peer)) {
         failed(peer, "never asked for:", text, size);
-    else if (index < 0)
+    } else if (index < 0) {
         tally.doubled++;
-    else if (record(peer, index) && index + 1 < phase.each)
-        send_echo(peer, index + 1);
+    } else if (record(peer, index)) {
+        if (phase.kind == PACED)
+            measure(index * peer_count + peer->place);
+        else if (index + 1 < phase.each)
+            send_echo(peer, index + 1);
+    }
 }
 
 #define STARTS(text, size, words) ((size) >= sizeof(words) - 1 && !memcmp(text, words, sizeof(words) - 1))
@@ -428,6 +450,8 @@ static void take_text(struct peer *peer, const uint8_t *text, size_t size)
         take_answer(peer, text, size);
     else if (STARTS(text, size, "{\"type\":\"connection_established\""))
         tally.greeted++;
+    else if (STARTS(text, size, "{\"type\":\"subscribed\""))
+        tally.joined++;
     else if (STARTS(text, size, "{\"type\":\"heartbeat\""))
         tally.heartbeats++;
     else
@@ -576,10 +600,10 @@ static void reply(int64_t units, int64_t wall, int64_t cpu)
 {
     printf("{\"units\":%" PRId64 ",\"wall_ns\":%" PRId64 ",\"cpu_ns\":%" PRId64
            ",\"lost\":%" PRId64 ",\"doubled\":%" PRId64 ",\"reordered\":%" PRId64
-           ",\"failed\":%" PRId64 ",\"greeted\":%" PRId64 ",\"pings\":%" PRId64
-           ",\"heartbeats\":%" PRId64 ",\"trouble\":\"%s\"}\n",
+           ",\"failed\":%" PRId64 ",\"greeted\":%" PRId64 ",\"joined\":%" PRId64
+           ",\"pings\":%" PRId64 ",\"heartbeats\":%" PRId64 ",\"trouble\":\"%s\"}\n",
            units, now_ns() - wall, clock_ns(CLOCK_PROCESS_CPUTIME_ID) - cpu, tally.lost,
-           tally.doubled, tally.reordered, tally.failed, tally.greeted, tally.pings,
+           tally.doubled, tally.reordered, tally.failed, tally.greeted, tally.joined, tally.pings,
            tally.heartbeats, tally.trouble);
     fflush(stdout);
     memset(&tally, 0, sizeof tally);
@@ -601,19 +625,19 @@ static void end(void)
 {
     tally.lost += phase.expected - phase.received;
     for (uint32_t i = 0; i < peer_count; i++) {
-        if (phase.kind == ECHO)
-            peers[i].answered += phase.each;
+        peers[i].answered += asked_of(&peers[i]);
         if (phase.kind == DURABLE && peers[i].seqs)
             peers[i].seqs += (phase.messages - i + peer_count - 1) / peer_count;
     }
     phase.first += phase.messages;
     phase.kind = NOTHING;
     phase.messages = phase.each = 0;
+    *phase.topic = 0;
     free(phase.seen);
     phase.seen = NULL;
 }
 
-static void connect_peer(void)
+static void connect_peer(const char *path)
 {
     struct peer *peer = &peers[peer_count];
     struct sockaddr_in from = {.sin_family = AF_INET}, to = {.sin_family = AF_INET};
@@ -635,10 +659,10 @@ static void connect_peer(void)
     /* No TIME_WAIT: the next run needs the ports. */
     setsockopt(peer->fd, SOL_SOCKET, SO_LINGER, &abort_at_close, sizeof abort_at_close);
     int size = snprintf(request, sizeof request,
-                        "GET /ws?token=%s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUpgrade: websocket\r\n"
+                        "GET %s?token=%s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUpgrade: websocket\r\n"
                         "Connection: Upgrade\r\nSec-WebSocket-Key: %s\r\n"
                         "Sec-WebSocket-Version: 13\r\n\r\n",
-                        tokens[peer->place], port, KEY);
+                        path, tokens[peer->place], port, KEY);
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = peer};
     /* On the loopback connect returns at once, as long as the queue of the listener has room. */
     if (bind(peer->fd, (struct sockaddr *)&from, sizeof from) ||
@@ -649,7 +673,10 @@ static void connect_peer(void)
         gone(peer, "cannot connect", NULL, 0);
 }
 
-static void open_peers(int64_t count, int64_t concurrency, int64_t greets)
+/* What `open` waits for. */
+enum { GREETINGS = 1, JOINED = 2 };
+
+static void open_peers(int64_t count, int64_t concurrency, int64_t awaited, const char *path)
 {
     int64_t wall = now_ns(), cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
     int64_t opened = 0, settled = 0, started = 0, deadline = wall + patience;
@@ -658,7 +685,7 @@ static void open_peers(int64_t count, int64_t concurrency, int64_t greets)
         count = peer_limit - peer_count;
     while (settled < count && now_ns() < deadline) {
         for (; started < count && started - settled < concurrency; started++)
-            connect_peer();
+            connect_peer(path);
         turn(100);
         nap();
         if (settled != (upgraded - upgraded_before) + (departed - departed_before)) {
@@ -668,19 +695,26 @@ static void open_peers(int64_t count, int64_t concurrency, int64_t greets)
     }
     opened = upgraded - upgraded_before;
     tally.failed += settled < count ? count - settled : 0;
-    if (greets && !reach(&tally.greeted, opened))
+    if (awaited & GREETINGS && !reach(&tally.greeted, opened))
         tally.lost += opened - tally.greeted;
+    if (awaited & JOINED && !reach(&tally.joined, opened))
+        tally.lost += opened - tally.joined;
     reply(opened, wall, cpu);
 }
 
-static void fanout(int64_t messages, int64_t size)
+static void fanout(int64_t messages, int64_t size, const char *topic)
 {
     static char out[LARGEST_BODY + 500];
+    char channel[140] = "channels:broadcast";
     int64_t wall = now_ns(), cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
     int64_t receivers = alive;
     begin(FANOUT, messages, messages, messages * receivers);
+    if (*topic) {
+        snprintf(channel, sizeof channel, "topic:%.128s", topic);
+        snprintf(phase.topic, sizeof phase.topic, "\"topic\":\"%.128s\"", topic);
+    }
     for (int64_t i = 0; i < messages; i++) {
-        send_redis(redis_fd, out, publication(out, -1, phase.first + i, (size_t)size));
+        send_redis(redis_fd, out, publication(out, channel, phase.first + i, (size_t)size));
         if (!reach(&phase.received, (i + 1) * receivers))
             break;
     }
@@ -697,8 +731,8 @@ static void unicast(int64_t messages, int64_t size, int64_t window)
         size_t filled = 0;
         int64_t stop = sent + window < messages ? sent + window : messages;
         for (; sent < stop; sent++)
-            filled += publication(out + filled, sent % peer_count, phase.first + sent,
-                                  (size_t)size);
+            filled += publication_to_user(out + filled, sent % peer_count,
+                                          phase.first + sent, (size_t)size);
         send_redis(redis_fd, out, filled);
         if (!reach(&phase.received, sent))
             break;
@@ -784,10 +818,30 @@ static void write_times(const char *path, const int64_t *late, int64_t messages)
         die(path);
 }
 
-static void latency(int64_t messages, int64_t rate, int64_t size, const char *path)
+/* The messages of an open loop from `first` up to before `stop` are due: publish them. */
+static char *batch;
+static size_t batch_size;
+
+static void publish_batch(int64_t first, int64_t stop)
 {
-    int64_t wall = now_ns(), cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
-    char *out = allocate(LARGEST_WINDOW, (size_t)size + 500);
+    size_t filled = 0;
+    for (int64_t i = first; i < stop; i++)
+        filled += publication_to_user(batch + filled, i % peer_count, phase.first + i, batch_size);
+    send_redis(redis_fd, batch, filled);
+}
+
+/* The same for messages of the connections themselves, one after the other. */
+static void say_batch(int64_t first, int64_t stop)
+{
+    for (int64_t i = first; i < stop; i++)
+        if (peers[i % peer_count].fd >= 0)
+            send_echo(&peers[i % peer_count], i / peer_count);
+}
+
+/* Start `messages` of the phase that has begun, `rate` per second, each when it is due. */
+static void open_loop(int64_t messages, int64_t rate, const char *path,
+                      void (*start)(int64_t first, int64_t stop))
+{
     int64_t *late = allocate((size_t)messages, sizeof *late);
     int64_t sent = 0, seen = -1, deadline = 0;
     phase.latency = allocate((size_t)messages, sizeof *phase.latency);
@@ -795,17 +849,12 @@ static void latency(int64_t messages, int64_t rate, int64_t size, const char *pa
         late[i] = phase.latency[i] = -1;
     phase.interval = SECOND / rate;
     phase.start = now_ns() + SECOND / 1000;
-    begin(UNICAST, messages, (messages + peer_count - 1) / peer_count, messages);
     while (phase.received < messages) {
-        int64_t now = now_ns();
-        size_t filled = 0;
+        int64_t now = now_ns(), first = sent;
         int64_t stop = sent + LARGEST_WINDOW < messages ? sent + LARGEST_WINDOW : messages;
-        for (; sent < stop && phase.start + sent * phase.interval <= now; sent++) {
+        for (; sent < stop && phase.start + sent * phase.interval <= now; sent++)
             late[sent] = now - (phase.start + sent * phase.interval);
-            filled += publication(out + filled, sent % peer_count, phase.first + sent,
-                                  (size_t)size);
-        }
-        send_redis(redis_fd, out, filled);
+        start(first, sent);
         if (sent + phase.received != seen) {
             seen = sent + phase.received;
             deadline = now + patience;
@@ -815,33 +864,61 @@ static void latency(int64_t messages, int64_t rate, int64_t size, const char *pa
         if (sent < messages)
             wake_at(phase.start + sent * phase.interval);
         turn(100);
+        /* Thousands of answers per second would wake this client for each, see nap(). */
+        if (phase.kind == PACED)
+            nap();
     }
     end();
     write_times(path, late, messages);
     free(phase.latency);
     phase.latency = NULL;
     free(late);
-    free(out);
+}
+
+static void latency(int64_t messages, int64_t rate, int64_t size, const char *path)
+{
+    int64_t wall = now_ns(), cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
+    batch = allocate(LARGEST_WINDOW, (size_t)size + 500);
+    batch_size = (size_t)size;
+    begin(UNICAST, messages, (messages + peer_count - 1) / peer_count, messages);
+    open_loop(messages, rate, path, publish_batch);
+    free(batch);
     reply(phase.received, wall, cpu);
 }
 
+static void paced(int64_t messages, int64_t rate, const char *path)
+{
+    int64_t wall = now_ns(), cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
+    begin(PACED, 0, (messages + peer_count - 1) / peer_count, messages);
+    open_loop(messages, rate, path, say_batch);
+    reply(phase.received, wall, cpu);
+}
+
+/* A line is a name, up to three numbers, and the rest of it, which may be a path. */
 static void perform(const char *line)
 {
-    char name[20] = "", path[1000] = "";
-    long long a = 0, b = 0, c = 0;
-    sscanf(line, "%19s %lld %lld %lld %999[^\n]", name, &a, &b, &c, path);
-    if (!strcmp(name, "open") && a >= 0 && b > 0)
-        open_peers(a, b, c);
+    char name[20] = "", rest[1000] = "";
+    long long numbers[3] = {0, 0, 0};
+    int taken = 0, step;
+    sscanf(line, "%19s%n", name, &taken);
+    for (int i = 0; i < 3 && sscanf(line + taken, "%lld%n", &numbers[i], &step) == 1; i++)
+        taken += step;
+    sscanf(line + taken, " %999[^\n]", rest);
+    const long long a = numbers[0], b = numbers[1], c = numbers[2];
+    if (!strcmp(name, "open") && a >= 0 && b > 0 && *rest == '/')
+        open_peers(a, b, c, rest);
     else if (!strcmp(name, "fanout") && a >= 0 && b <= LARGEST_BODY)
-        fanout(a, b);
+        fanout(a, b, rest);
     else if (!strcmp(name, "unicast") && a >= 0 && b <= LARGEST_BODY && c > 0 && peer_count)
         unicast(a, b, c);
     else if (!strcmp(name, "durable") && a >= 0 && b <= LARGEST_BODY && c > 0 && peer_count)
-        durable(a, b, c, path);
+        durable(a, b, c, rest);
     else if (!strcmp(name, "echo") && a >= 0)
         echo(a);
     else if (!strcmp(name, "latency") && a >= 0 && b > 0 && c <= LARGEST_BODY && peer_count)
-        latency(a, b, c, path);
+        latency(a, b, c, rest);
+    else if (!strcmp(name, "paced") && a >= 0 && b > 0 && peer_count)
+        paced(a, b, rest);
     else if (!strcmp(name, "counts"))
         reply(0, now_ns(), clock_ns(CLOCK_PROCESS_CPUTIME_ID));
     else {

@@ -6,14 +6,18 @@ is needed, and `slow_client.py` for machines without a compiler. Both understand
 standard input, one at a time, and answer each with one line of JSON, a `Reply`:
 
     ======================= =======================================================================
-    open N C G              N more connections, C at a time; with G, wait for their greetings
-    fanout N SIZE           N broadcasts, each published when all have the one before
+    open N C G PATH         N more connections to that path, C at a time; wait for their greetings
+                            (G is 1), for the topics that their tokens join (2) or for both (3)
+    fanout N SIZE [TOPIC]   N broadcasts, or with TOPIC notifications of that topic, each published
+                            when all have the one before
     unicast N SIZE W        N notifications, one user after the other, in rounds of W: the next
                             round is published when all of the last have arrived
     durable N SIZE W F      the same through the ledger: each is published by one script, and Redis
                             must say ``accepted``; the file F is the command (`backend.template`)
     echo N                  N messages from each connection, each sent when the one before has been
                             answered
+    paced N RATE F          N messages, RATE per second, of one connection after the other, each
+                            sent when it is due; the file F as for ``latency``, with answers
     latency N RATE SIZE F   N notifications, RATE per second, each published when it is due; the
                             file F gets two 64-bit integers of each, in ns: how late it was
                             published, and the time from when it was due until it was received (-1
@@ -76,6 +80,8 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     failed: int
     greeted: int
     """``connection_established`` received; a server need not send it."""
+    joined: int
+    """``subscribed`` received."""
     pings: int
     heartbeats: int
     trouble: str
@@ -121,6 +127,10 @@ def program(directory: Path, wanted: Kind | None) -> Program:
     return slow
 
 
+OpenLoop = tuple[Reply, "array.array[int]", "array.array[int]"]
+"""What became of an open loop: the reply, and of each message lateness and latency, in ns."""
+
+
 class Client:
     """A running client. It ends when its block does."""
 
@@ -131,13 +141,23 @@ class Client:
         self.replies: list[Reply] = []
         """Everything it has ever answered."""
 
-    def open(self, count: int, concurrency: int, *, greets: bool) -> Reply:
-        """Open so many more connections, so many at a time."""
-        return self._ask(f"open {count} {concurrency} {int(greets)}")
+    def open(
+        self, count: int, concurrency: int, *, greets: bool, joins: bool = False, path: str = "/ws"
+    ) -> Reply:
+        """Open so many more connections, so many at a time.
 
-    def fanout(self, messages: int, size: int) -> Reply:
-        """Broadcast, one after the other."""
-        return self._ask(f"fanout {messages} {size}")
+        Args:
+            count: How many.
+            concurrency: Handshakes in progress at a time.
+            greets: Whether to wait for ``connection_established`` of each.
+            joins: Whether to wait for a ``subscribed`` of each, which its token asks for.
+            path: Where the server expects them.
+        """
+        return self._ask(f"open {count} {concurrency} {int(greets) + 2 * int(joins)} {path}")
+
+    def fanout(self, messages: int, size: int, topic: str = "") -> Reply:
+        """Broadcast, one after the other; or publish to a topic that all have joined."""
+        return self._ask(f"fanout {messages} {size} {topic}".rstrip())
 
     def unicast(self, messages: int, size: int, window: int) -> Reply:
         """Notify one user after the other, in rounds."""
@@ -160,12 +180,17 @@ class Client:
         """Have every connection say something, so many times."""
         return self._ask(f"echo {each}")
 
-    def latency(
-        self, messages: int, rate: int, size: int
-    ) -> tuple[Reply, "array.array[int]", "array.array[int]"]:
+    def paced(self, messages: int, rate: int) -> OpenLoop:
+        """Have the connections say something in turns, at a fixed rate; see `latency`."""
+        return self._open_loop(f"paced {messages} {rate}")
+
+    def latency(self, messages: int, rate: int, size: int) -> OpenLoop:
         """Notify at a fixed rate; also return lateness and latency of each message, in ns."""
+        return self._open_loop(f"latency {messages} {rate} {size}")
+
+    def _open_loop(self, line: str) -> OpenLoop:
         path = self._directory / "times"
-        reply = self._ask(f"latency {messages} {rate} {size} {path}")
+        reply = self._ask(f"{line} {path}")
         times = array.array("q", path.read_bytes())
         return reply, times[::2], times[1::2]
 

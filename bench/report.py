@@ -183,13 +183,18 @@ def _cells(row: Row, results: Results, *, about: bool = False) -> list[str]:
     ]
     if not _compares(results):
         return cells
-    ratio = row.ratios.get(name)
-    verdict = _EMPTY
+    unit = f" {name.rpartition('_')[2]}" if row.absolute else ""
+    return [*cells, _ratio(row, name), f"≤ {row.goal:g}{unit}", _verdict(row)]
+
+
+def _verdict(row: Row) -> str:
     if not row.valid:
-        verdict = "invalid"
-    elif ratio is not None:
-        verdict = "met" if ratio.median <= row.goal else "missed"
-    return [*cells, _ratio(row, name), f"≤ {row.goal:g}", verdict]
+        return "invalid"
+    product = next(iter(row.figures))
+    judged = row.figures[product] if row.absolute else row.ratios
+    if row.headline not in judged:
+        return _EMPTY
+    return "met" if judged[row.headline].median <= row.goal else "missed"
 
 
 def _figure(row: Row, server: str, name: str) -> str:
@@ -207,7 +212,7 @@ def _servers(results: Results) -> list[str]:
 
 
 def _compares(results: Results) -> bool:
-    return len(_servers(results)) > 1 or any(row.against for row in results.rows)
+    return len(_servers(results)) > 1 or any(row.against or row.absolute for row in results.rows)
 
 
 def _connections(row: Row) -> str:

@@ -78,7 +78,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     headline: str
     """The figure that the scenario is about."""
     goal: float
-    """What the ratio of the headline may be at most."""
+    """What the ratio of the headline may be at most, or itself if that is `absolute`."""
+    absolute: bool = False
+    """Whether the goal is for the headline itself."""
     against: str = ""
     """The scenario that the ratios are to; empty if they are to the other server's figures."""
     repetitions: dict[str, list[Repetition]]
@@ -118,6 +120,7 @@ def row(
     headline: str,
     goal: float,
     repetitions: dict[str, list[Repetition]],
+    absolute: bool = False,
     against: str = "",
     yardstick: Row | None = None,
 ) -> Row:
@@ -129,6 +132,7 @@ def row(
         headline: Name of its most important figure.
         goal: For the ratio of that.
         repetitions: By server.
+        absolute: Whether the goal is for the headline itself.
         against: The scenario that it is compared with, if not with the other server.
         yardstick: The row of that scenario, played in turns with this one; None if it was not.
     """
@@ -148,6 +152,7 @@ def row(
         connections=connections,
         headline=headline,
         goal=goal,
+        absolute=absolute,
         against=against,
         repetitions=repetitions,
         figures=figures,

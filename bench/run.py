@@ -52,7 +52,7 @@ def run(order: Order, say: Say) -> Results:
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         props = Props(
             program=client.program(Path(directory), order.client),
-            tokens=tokens.write(Path(directory, "tokens"), _users(order)),
+            tokens=_tokens(order, Path(directory)),
             server_core=machine_now.server_core,
             client_core=machine_now.client_core,
         )
@@ -76,10 +76,16 @@ def run(order: Order, say: Say) -> Results:
     )
 
 
-def _users(order: Order) -> int:
-    return max(
+def _tokens(order: Order, directory: Path) -> dict[tuple[str, ...], Path]:
+    """Write the tokens of all users, a file for each choice of topics that they join."""
+    users = max(
         count for one in order.scenarios for row in one.rows(order.connections) for count in row
     )
+    choices = dict.fromkeys(one.joins for one in order.scenarios)
+    return {
+        joins: tokens.write(directory / f"tokens{number}", users, joins)
+        for number, joins in enumerate(choices)
+    }
 
 
 def _redis_version() -> str:
@@ -110,7 +116,7 @@ def _rows(
     for number in range(1, order.repeat + 1):
         # In turns, so that a machine that changes its mood does so for all.
         for scenario in scenarios:
-            for server in servers[:1] if scenario.against else servers:
+            for server in servers[:1] if scenario.ours else servers:
                 one = _play(scenario, connections, order.plan, server, props)
                 played[scenario.name].setdefault(server.name, []).append(one)
                 say(_line(scenario, connections, number, server, one))
@@ -123,6 +129,7 @@ def _rows(
             headline=scenario.headline,
             goal=scenario.goal,
             repetitions=played[scenario.name],
+            absolute=scenario.absolute,
             against=scenario.against,
             yardstick=rows.get(scenario.against),
         )
@@ -133,7 +140,7 @@ def _play(
     scenario: Scenario, connections: tuple[int, ...], plan: Plan, server: Server, props: Props
 ) -> Repetition:
     try:
-        with stage.set_for(server, props) as here:
+        with stage.set_for(server, props, scenario.joins) as here:
             return scenario.measure(here, plan, connections)
     except (OSError, ValueError) as error:
         raise BenchError(f"{scenario.name} of {server.name}: {error}") from error

@@ -23,7 +23,11 @@ class Scenario:
     goal: float
     """Largest acceptable ratio of the headline to that of a bare sketch of the hot path, which has
     no limits, deadlines, pings, metrics and logs: what all these may cost. Or to the headline of
-    the scenario in `against`."""
+    the scenario in `against`. If it is `absolute`, the largest acceptable value itself."""
+    absolute: bool = False
+    """Whether the goal is for the value of the headline; then only our server plays it."""
+    joins: tuple[str, ...] = ()
+    """Topics that the tokens of its users join."""
     against: str = ""
     """Another scenario of the same run and the same server, if the question is what this one costs
     beyond it; then only our server plays it, in turns with the other scenario."""
@@ -32,6 +36,11 @@ class Scenario:
     slope: bool = False
     """Whether it is one measurement from the first number of connections to the last."""
     measure: Measure
+
+    @property
+    def ours(self) -> bool:
+        """Whether other servers are left out."""
+        return self.absolute or bool(self.against)
 
     def rows(self, chosen: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Return the connections of each measurement.

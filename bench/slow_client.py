@@ -56,6 +56,10 @@ _BEFORE_PAYLOAD: Final = b'{"type":"notification","payload":'
 
 Progress = Callable[[], int]
 
+GREETINGS: Final = 1
+JOINED: Final = 2
+"""What `open` waits for."""
+
 
 class Peer:
     """One connection."""
@@ -90,6 +94,8 @@ class Phase:
         """Number of its first message; numbers go on from phase to phase."""
         self.messages = messages
         self.each = each
+        self.expected = 0
+        """How many are to come, over all peers."""
         self.received = 0
         self.replied = 0
         """Publishes that Redis has answered."""
@@ -97,6 +103,19 @@ class Phase:
         self.start = 0
         self.interval = 0
         self.latency: array.array[int] | None = None
+        self.topic = b""
+        """What each message of a topic says of itself."""
+
+    def asked_of(self, peer: Peer, peers: int) -> int:
+        """Return how many messages this one of so many peers sends; it knows none beyond them."""
+        if self.kind == "paced":
+            return (self.expected - peer.place + peers - 1) // peers
+        return self.each if self.kind == "echo" else 0
+
+    def measure(self, place: int) -> None:
+        """Keep how long a message of an open loop took, from when it was due."""
+        if self.latency is not None:
+            self.latency[place] = time.monotonic_ns() - (self.start + place * self.interval)
 
 
 class SlowClient:
@@ -122,7 +141,7 @@ class SlowClient:
 
     def _clear(self) -> None:
         self._lost = self._doubled = self._reordered = self._failed = 0
-        self._greeted = self._pings = self._heartbeats = 0
+        self._greeted = self._joined = self._pings = self._heartbeats = 0
         self._trouble = ""
 
     def _fail(self, peer: Peer | None, what: str, data: bytes = b"") -> None:
@@ -160,9 +179,8 @@ class SlowClient:
         body = _BEFORE_PAYLOAD + b'{"n":%d,"pad":"' % number
         return body + b"x" * (size - 3 - len(body)) + b'"}}'
 
-    def _publication(self, user: int | None, number: int, size: int) -> bytes:
+    def _publication(self, channel: bytes, number: int, size: int) -> bytes:
         body = self._message(number, size)
-        channel = b"channels:broadcast" if user is None else b"user_noti:u%d" % user
         return b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
             len(channel),
             channel,
@@ -208,13 +226,13 @@ class SlowClient:
         elif place < 0:
             self._doubled += 1  # Of an earlier phase.
         elif phase.kind == "fanout":
+            if phase.topic not in text:
+                self._fail(peer, "not of this topic:", text)
             self._record(peer, place)
         elif place % peers != peer.place:
             self._fail(peer, "not for this user:", text)
         elif self._record(peer, place // peers):
-            if phase.latency is not None:
-                due = phase.start + place * phase.interval
-                phase.latency[place] = time.monotonic_ns() - due
+            phase.measure(place)
             if phase.kind == "durable":
                 self._check_seq(peer, place // peers, text)
 
@@ -235,14 +253,17 @@ class SlowClient:
         counted, echoed = _COUNT.search(text), _NUMBER.search(text)
         count = int(counted[1]) if counted else 0
         index = count - 1 - peer.answered
-        if count < 1 or (echoed and int(echoed[1]) != count) or index >= phase.each:
+        peers = len(self._peers)
+        asked = phase.asked_of(peer, peers)
+        if count < 1 or (echoed and int(echoed[1]) != count) or index >= asked:
             self._fail(peer, "never asked for:", text)
         elif index < 0:
             self._doubled += 1
-        elif phase.kind != "echo":
-            self._fail(peer, "never asked for:", text)
-        elif self._record(peer, index) and index + 1 < phase.each:
-            self._send_echo(peer, index + 1)
+        elif self._record(peer, index):
+            if phase.kind == "paced":
+                phase.measure(index * peers + peer.place)
+            elif index + 1 < phase.each:
+                self._send_echo(peer, index + 1)
 
     def _take_text(self, peer: Peer, text: bytes) -> None:
         if text.startswith(b'{"type":"notification"'):
@@ -251,6 +272,8 @@ class SlowClient:
             self._take_answer(peer, text)
         elif text.startswith(b'{"type":"connection_established"'):
             self._greeted += 1
+        elif text.startswith(b'{"type":"subscribed"'):
+            self._joined += 1
         elif text.startswith(b'{"type":"heartbeat"'):
             self._heartbeats += 1
         else:
@@ -353,6 +376,7 @@ class SlowClient:
             reordered=self._reordered,
             failed=self._failed,
             greeted=self._greeted,
+            joined=self._joined,
             pings=self._pings,
             heartbeats=self._heartbeats,
             trouble=self._trouble,
@@ -362,42 +386,42 @@ class SlowClient:
 
     def _command(self, words: list[str]) -> int:
         match words:
-            case "open", count, concurrency, greets:
-                return self._open(int(count), int(concurrency), greets=greets == "1")
-            case "fanout", messages, size:
-                return self._fanout(int(messages), int(size))
+            case "open", count, concurrency, awaited, path:
+                return self._open(int(count), int(concurrency), int(awaited), path.strip())
+            case "fanout", messages, size, *topic:
+                return self._fanout(int(messages), int(size), "".join(topic))
             case ("unicast" | "durable") as kind, messages, size, window, *path:
                 return self._in_rounds(kind, int(messages), int(size), int(window), path)
             case "echo", each:
                 return self._echo(int(each))
-            case "latency", messages, rate, size, path:
-                return self._latency(int(messages), int(rate), int(size), Path(path.strip()))
+            case "latency" | "paced", messages, rate, *size, path:
+                sizes = [int(one) for one in size]
+                return self._open_loop(int(messages), int(rate), sizes, Path(path.strip()))
             case ["counts"]:
                 return 0
         sys.exit(f"client: not understood: {words}")
 
-    def _begin(self, kind: str, messages: int, each: int) -> Phase:
+    def _begin(self, kind: str, messages: int, each: int, expected: int) -> Phase:
         first = self._phase.first + self._phase.messages
         self._phase = Phase(kind, first, messages, each, len(self._peers))
+        self._phase.expected = expected
         for peer in self._peers:
             peer.newest = -1
         return self._phase
 
-    def _end(self, expected: int) -> int:
-        phase = self._phase
-        self._lost += expected - phase.received
-        if phase.kind == "echo":
-            for peer in self._peers:
-                peer.answered += phase.each
+    def _end(self) -> int:
+        phase, peers = self._phase, len(self._peers)
+        self._lost += phase.expected - phase.received
+        for peer in self._peers:
+            peer.answered += phase.asked_of(peer, peers)
         if phase.kind == "durable":
-            peers = len(self._peers)
             for peer in self._peers:
                 if peer.seqs:
                     peer.seqs += (phase.messages - peer.place + peers - 1) // peers
         self._phase = Phase("nothing", phase.first + phase.messages, 0, 0, 0)
         return phase.received
 
-    def _connect(self) -> None:
+    def _connect(self, path: str) -> None:
         place = len(self._peers)
         sock = socket.socket()
         peer = Peer(place, sock)
@@ -408,7 +432,7 @@ class SlowClient:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sock.settimeout(5)
         request = (
-            f"GET /ws?token={self._tokens[place]} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\n"
+            f"GET {path}?token={self._tokens[place]} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\n"
             f"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: {KEY}\r\n"
             "Sec-WebSocket-Version: 13\r\n\r\n"
         )
@@ -423,14 +447,14 @@ class SlowClient:
         self._by_fd[sock.fileno()] = peer
         self._epoll.register(sock.fileno(), select.EPOLLIN)
 
-    def _open(self, count: int, concurrency: int, *, greets: bool) -> int:
+    def _open(self, count: int, concurrency: int, awaited: int, path: str) -> int:
         before, departed = self._upgraded, self._departed
         count = min(count, len(self._tokens) - len(self._peers))
         started = settled = 0
         deadline = time.monotonic_ns() + self._patience_ns
         while settled < count and time.monotonic_ns() < deadline:
             while started < count and started - settled < concurrency:
-                self._connect()
+                self._connect(path)
                 started += 1
             self.turn(0.1)
             time.sleep(NAP_SECONDS)
@@ -439,22 +463,27 @@ class SlowClient:
                 settled, deadline = now, time.monotonic_ns() + self._patience_ns
         opened = self._upgraded - before
         self._failed += max(0, count - settled)
-        if greets and not self._reach(lambda: self._greeted, opened):
+        if awaited & GREETINGS and not self._reach(lambda: self._greeted, opened):
             self._lost += opened - self._greeted
+        if awaited & JOINED and not self._reach(lambda: self._joined, opened):
+            self._lost += opened - self._joined
         return opened
 
-    def _fanout(self, messages: int, size: int) -> int:
-        phase = self._begin("fanout", messages, messages)
+    def _fanout(self, messages: int, size: int, topic: str) -> int:
         receivers = len(self._by_fd)
+        phase = self._begin("fanout", messages, messages, messages * receivers)
+        channel = b"channels:broadcast"
+        if topic:
+            channel, phase.topic = b"topic:" + topic.encode(), f'"topic":"{topic}"'.encode()
         for place in range(messages):
-            self._redis.sendall(self._publication(None, phase.first + place, size))
+            self._redis.sendall(self._publication(channel, phase.first + place, size))
             if not self._reach(self._received, (place + 1) * receivers):
                 break
-        return self._end(messages * receivers)
+        return self._end()
 
     def _in_rounds(self, kind: str, messages: int, size: int, window: int, path: list[str]) -> int:
         template = Path(path[0].strip()).read_bytes() if path else b""
-        phase = self._begin(kind, messages, -(-messages // len(self._peers)))
+        phase = self._begin(kind, messages, -(-messages // len(self._peers)), messages)
         for sent in range(0, messages, window):
             stop = min(sent + window, messages)
             if not path:
@@ -465,7 +494,7 @@ class SlowClient:
                 break
             if path and not self._reach(self._replied, stop):
                 break
-        return self._end(messages)
+        return self._end()
 
     def _publish_durably(self, phase: Phase, places: range, size: int, template: bytes) -> None:
         peers = len(self._peers)
@@ -477,22 +506,29 @@ class SlowClient:
     def _publish_users(self, phase: Phase, places: range, size: int) -> None:
         peers = len(self._peers)
         self._redis.sendall(
-            b"".join(self._publication(at % peers, phase.first + at, size) for at in places)
+            b"".join(
+                self._publication(b"user_noti:u%d" % (at % peers), phase.first + at, size)
+                for at in places
+            )
         )
 
     def _echo(self, each: int) -> int:
-        self._begin("echo", 0, each)
         peers = list(self._by_fd.values())
+        phase = self._begin("echo", 0, each, each * len(peers))
         for peer in peers if each else ():
             self._send_echo(peer, 0)
-        expected = each * len(peers)
-        self._reach(self._received, expected)
-        return self._end(expected)
+        self._reach(self._received, phase.expected)
+        return self._end()
 
-    def _latency(self, messages: int, rate: int, size: int, path: Path) -> int:
-        phase = self._begin("unicast", messages, -(-messages // len(self._peers)))
+    def _open_loop(self, messages: int, rate: int, sizes: list[int], path: Path) -> int:
+        """Start messages at a fixed rate, each when it is due.
+
+        With a size they are published to users, without one the connections say them.
+        """
+        kind, numbers = ("unicast", messages) if sizes else ("paced", 0)
+        phase = self._begin(kind, numbers, -(-messages // len(self._peers)), messages)
         late = array.array("q", [-1]) * messages
-        phase.latency = array.array("q", [-1]) * messages
+        latency = phase.latency = array.array("q", [-1]) * messages
         phase.interval = 1_000_000_000 // rate
         phase.start = time.monotonic_ns() + 1_000_000
         sent, seen, deadline = 0, -1, 0
@@ -502,15 +538,26 @@ class SlowClient:
             if due > sent:
                 for place in range(sent, due):
                     late[place] = now - (phase.start + place * phase.interval)
-                self._publish_users(phase, range(sent, due), size)
+                self._start(phase, range(sent, due), sizes)
                 sent = due
             if sent + phase.received != seen:
                 seen, deadline = sent + phase.received, now + self._patience_ns
             elif now > deadline:
                 break
             self._turn_until(phase.start + sent * phase.interval if sent < messages else None)
-        path.write_bytes(struct.pack(f"{2 * messages}q", *_interleaved(late, phase.latency)))
-        return self._end(messages)
+            if not sizes:
+                time.sleep(NAP_SECONDS)
+        path.write_bytes(struct.pack(f"{2 * messages}q", *_interleaved(late, latency)))
+        return self._end()
+
+    def _start(self, phase: Phase, places: range, sizes: list[int]) -> None:
+        for size in sizes:
+            self._publish_users(phase, places, size)
+        peers = self._peers
+        for at in places if not sizes else ():
+            peer = peers[at % len(peers)]
+            if peer.sock.fileno() >= 0:
+                self._send_echo(peer, at // len(peers))
 
     def _turn_until(self, moment_ns: int | None) -> None:
         """Wait until something comes or that moment does; an epoll alone waits whole ms."""

@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +22,11 @@ SETTLE_LIMIT_SECONDS: Final = 10.0
 
 SATURATED: Final = 0.9
 """A process that uses this share of its core holds up the others."""
+
+
+NOTIFICATIONS: Final = "/ws"
+CHAT: Final = "/ws/chat/"
+"""Paths of the product. A connection to the second has a chat session of its own."""
 
 
 @attrs.frozen(kw_only=True)
@@ -96,9 +101,25 @@ class Stage:
     worker_clock: Clock
     redis_clock: Clock
 
-    def open(self, count: int, plan: Plan) -> Reply:
-        """Open connections, unmeasured."""
-        return self.client.open(count, plan.concurrency, greets=self.serving.greets)
+    def open(
+        self, count: int, plan: Plan, *, path: str = NOTIFICATIONS, joins: bool = False
+    ) -> Reply:
+        """Open connections, unmeasured.
+
+        Args:
+            count: How many.
+            plan: How many at a time.
+            path: Where; a chat session has its own.
+            joins: Whether each joins a topic by its token, which is waited for.
+        """
+        return self.client.open(
+            count, plan.concurrency, greets=self.serving.greets, joins=joins, path=path
+        )
+
+    @property
+    def connected(self) -> int:
+        """How many connections have been greeted so far."""
+        return sum(reply.greeted for reply in self.client.replies)
 
     def settle(self) -> None:
         """Return when the worker has done what there was to do."""
@@ -127,14 +148,15 @@ class Stage:
         )
 
     def repetition(
-        self, timed: Timed, figures: dict[str, float], *, unconfirmed: int = 0
+        self, timed: Timed, figures: dict[str, float], *, failures: int = 0, trouble: str = ""
     ) -> Repetition:
         """Return what was measured, with everything the client has seen since its start.
 
         Args:
             timed: The measured command.
             figures: What the scenario makes of it.
-            unconfirmed: Users whose receipts are missing; they count as failed.
+            failures: What else has failed, which the client cannot know.
+            trouble: The same in words; empty if nothing has.
         """
         self.client.counts()
         replies = self.client.replies
@@ -155,14 +177,11 @@ class Stage:
                 lost=sum(reply.lost for reply in replies),
                 doubled=sum(reply.doubled for reply in replies),
                 reordered=sum(reply.reordered for reply in replies),
-                failed=sum(reply.failed for reply in replies) + unconfirmed,
+                failed=sum(reply.failed for reply in replies) + failures,
             ),
             greeted=sum(reply.greeted for reply in replies),
             healthy=self.serving.healthy(),
-            trouble=next(
-                (reply.trouble for reply in replies if reply.trouble),
-                f"receipts of {unconfirmed} users are missing" if unconfirmed else "",
-            ),
+            trouble=next((reply.trouble for reply in replies if reply.trouble), trouble),
         )
 
 
@@ -186,14 +205,20 @@ class Props:
     """What a stage is set with."""
 
     program: Program
-    tokens: Path
+    tokens: Mapping[tuple[str, ...], Path]
+    """Files of tokens, by the topics that these join."""
     server_core: int
     client_core: int
 
 
 @contextlib.contextmanager
-def set_for(server: Server, props: Props) -> Iterator[Stage]:
+def set_for(server: Server, props: Props, joins: tuple[str, ...] = ()) -> Iterator[Stage]:
     """Set the stage for one measurement: a fresh server, Redis and client.
+
+    Args:
+        server: Which one.
+        props: What there is.
+        joins: Topics that the tokens of the users join.
 
     Raises:
         BenchError: One of them does not start.
@@ -209,7 +234,7 @@ def set_for(server: Server, props: Props) -> Iterator[Stage]:
             Path(name),
             port=serving.port,
             redis_port=redis.port,
-            tokens=props.tokens,
+            tokens=props.tokens[joins],
         ) as player,
     ):
         machine.move(serving.worker, props.server_core)

@@ -14,6 +14,7 @@ import pytest
 
 from tests.redis_server import RedisServer
 from trioserver import ledger
+from trioserver.ledger import Topic
 from trioserver.publisher import Options, Publisher
 
 ROOT: Final = Path(__file__).parent.parent
@@ -72,15 +73,17 @@ def assert_published(redis: RedisServer, user: str, name: str, point: str, paylo
     assert payload == entries[-1][1][5]
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(5))
 def test_python(redis: RedisServer, tmp_path: Path, number: int) -> None:
-    """Each example publishes to user 42."""
+    """Each example publishes: to user 42, the last two to topics."""
     ran = run([sys.executable, "-W", "error", "-c", examples("python")[number]], tmp_path, redis)
 
     assert (0, "") == (ran.returncode, ran.stderr)
     with Publisher(redis.url) as publisher:
-        assert publisher.why("42").known
-    assert 3 == len(examples("python"))
+        assert publisher.why("42").known == (number < 3)
+    rooms = [redis.command("EXISTS", ledger.key("inbox", Topic(f"room.{n}"))) for n in (7, 8)]
+    assert [int(number >= 3), int(number == 3)] == rooms
+    assert 5 == len(examples("python"))
 
 
 @pytest.mark.skipif(
@@ -195,11 +198,12 @@ def test_every_option_is_on_the_page() -> None:
     python = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     script = {name for row in rows for name in re.findall(r"`(\w+)`", row[1])}
     text = SCRIPT.text.decode()
-    known = re.search(r"arguments \{(.*?)\}", text.partition("-- publish:")[2], re.DOTALL)
+    known = re.search(r"known = \{(.*?)\}", text.partition("-- publish:")[2], re.DOTALL)
 
     assert set(Options.__annotations__) == python
     assert known is not None
-    assert set(re.findall(r"(\w+) = 1", known[1])) == script
+    assert {*re.findall(r"(\w+) = 1", known[1]), "sender"} == script
+    assert "known.sender = 1" in text
 
 
 def test_every_outcome_and_error_is_on_the_page() -> None:

@@ -18,6 +18,7 @@ from trioserver.pump import READ
 from trioserver.response_heads import request_id_in
 from trioserver.timers import IDLE
 from trioserver.tls import TlsSocket, wrap
+from trioserver.wish import PATH, is_path
 
 if TYPE_CHECKING:
     from trioserver.listener import Listener
@@ -188,7 +189,7 @@ class Arrival:
 
     def _complete(self, request: Request, rest: bytes) -> None:
         listener = self._listener
-        if request.path != "/ws":
+        if request.path != PATH and not is_path(request.path):
             self._answer(listener.answer(request))
             return
         admitted = listener.judge(request, self._peer)

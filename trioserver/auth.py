@@ -6,12 +6,14 @@ required; PyJWT would let a token without ``exp`` live for ever.
 
 What is in a token and is not what RFC 7519 says it is makes the token bad, also where nothing here
 depends on it (``iat``, ``jti``): a token whose age or name cannot be told could not be revoked by
-it, and whoever revokes it should not have to find that out.
+it, and whoever revokes it should not have to find that out. ``topics`` is no claim of RFC 7519: one
+that means something else grants nothing, and harms nothing (`grant`).
 
 One refusal looks like another to the client. The outcome (`AuthError.outcome`) is for logs and
 metrics.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import jwt
@@ -19,6 +21,7 @@ import msgspec
 
 from trioserver import verification_key
 from trioserver.errors import AuthError, SettingsError
+from trioserver.grant import NO_GRANT, Grant, checked_claim, of_claim
 from trioserver.jwks import Keyring
 from trioserver.settings import Settings
 from trioserver.signatures import Either, Issued, Signatures, Signed
@@ -46,6 +49,12 @@ class Claims(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The token's own id; empty if it has none."""
     issued_at: float = 0.0
     """Seconds since 1970; 0.0 if it does not say, so that it counts as older than all others."""
+    topics: Grant = NO_GRANT
+    """What it allows with topics: nothing, if what it says of them is not understood."""
+
+
+_NO_TOPICS: Final = msgspec.Raw()
+"""In place of a claim that is not there."""
 
 
 class _Claims(msgspec.Struct, frozen=True, gc=False):
@@ -58,6 +67,7 @@ class _Claims(msgspec.Struct, frozen=True, gc=False):
     jti: str = ""
     aud: str | list[str] | None = None
     iss: str | None = None
+    topics: msgspec.Raw = _NO_TOPICS
 
 
 class _Audience(msgspec.Struct, frozen=True, gc=False):
@@ -119,6 +129,7 @@ class Verifier:
             expires_at=claims.exp,
             jti=claims.jti and _check_jti(claims.jti),
             issued_at=claims.iat,
+            topics=NO_GRANT if claims.topics is _NO_TOPICS else of_claim(claims.topics),
         )
 
     def _check_times(self, claims: _Claims, now: float) -> None:
@@ -199,7 +210,13 @@ def check_user(subject: str) -> str:
 
 
 def sign(
-    settings: Settings, user: str, expires_at: float, *, jti: str = "", issued_at: float = 0.0
+    settings: Settings,
+    user: str,
+    expires_at: float,
+    *,
+    jti: str = "",
+    issued_at: float = 0.0,
+    topics: Sequence[str] | Mapping[str, Sequence[str]] = (),
 ) -> str:
     """Return a token for ``user``; for tools and tests, with the server's own secret.
 
@@ -209,10 +226,11 @@ def sign(
         expires_at: Seconds since 1970.
         jti: The token's own id; none if empty.
         issued_at: Seconds since 1970; not said if 0.
+        topics: The claim of that name (see `grant`); not said if empty.
 
     Raises:
         SettingsError: Tokens are verified with a public key, so none can be made here.
-        AuthError: That is no user's id, or no token's.
+        AuthError: That is no user's id, no token's, or no claim.
     """
     if settings.jwt_secret_key is None or not settings.jwt_algorithms[0].startswith("HS"):
         raise SettingsError(
@@ -223,6 +241,7 @@ def sign(
         "iat": round(issued_at, 3),
         "aud": settings.jwt_audience,
         "iss": settings.jwt_issuer,
+        "topics": topics and checked_claim(topics),
     }
     claims: dict[str, object] = {"sub": check_user(user), "exp": int(expires_at)}
     claims |= {name: value for name, value in optional.items() if value}

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from trioserver import __version__, cli_publish, cli_revoke
+from trioserver import __version__, cli_presence, cli_publish, cli_revoke
 from trioserver.cli_options import (
     as_arguments,
     load_settings,
@@ -28,6 +28,7 @@ from trioserver.cli_options import (
 from trioserver.errors import CommandError, RedisError, SettingsError, TrioserverError
 from trioserver.settings import Settings
 from trioserver.statedir import StateDir
+from trioserver.topics import is_name
 
 if TYPE_CHECKING:
     from trioserver.auth import Claims
@@ -186,8 +187,23 @@ def _order(op: Any, seconds: float, flags: dict[str, str | None], config_file: P
 @click.option(
     "--jti", metavar="J", help="Its own id (claim jti), to revoke it by; else a random one."
 )
+@click.option(
+    "--topics",
+    multiple=True,
+    metavar="PATTERN",
+    help="Topics it may subscribe to, as 'news.**' (claim topics). Repeatable, as the next two.",
+)
+@click.option("--publish", multiple=True, metavar="PATTERN", help="Topics it may publish to.")
+@click.option("--join", multiple=True, metavar="TOPIC", help="Topics it is subscribed to at once.")
 def gentoken(
-    config_file: Path | None, user: str, ttl: int, jti: str | None, **flags: str | None
+    config_file: Path | None,
+    user: str,
+    ttl: int,
+    jti: str | None,
+    topics: tuple[str, ...],
+    publish: tuple[str, ...],
+    join: tuple[str, ...],
+    **flags: str | None,
 ) -> None:
     """Print a token for a user, made with the server's own secret. For tests and tools.
 
@@ -198,8 +214,10 @@ def gentoken(
     settings = with_secrets(load_settings(flags, config_file).settings, create=False)
     if jti is None:
         jti = secrets.token_hex(8)
+    granted = {"subscribe": topics, "publish": publish, "join": join}
+    claim = {name: what for name, what in granted.items() if what}
     now = time.time()
-    click.echo(sign(settings, user, now + ttl, jti=jti, issued_at=now))
+    click.echo(sign(settings, user, now + ttl, jti=jti, issued_at=now, topics=claim))
 
 
 @cli.command()
@@ -209,7 +227,7 @@ def checktoken(config_file: Path | None, token: str, **flags: str | None) -> Non
     """Say whether the server would accept TOKEN (- reads it from standard input).
 
     Redis is asked whether it is revoked; if it does not answer, the output says "revocations not
-    checked".
+    checked". A claim topics that is not understood is told: the token is good without it.
     """
     import trio  # noqa: PLC0415
 
@@ -228,6 +246,8 @@ def checktoken(config_file: Path | None, token: str, **flags: str | None) -> Non
     named = f"jti {claims.jti}, " if claims.jti else ""
     lasts = f"{named}expires in {claims.expires_at - now:.0f} s"
     click.echo(f"good: user {claims.user}, {lasts}{unchecked}")
+    if claims.topics.problem:
+        note(f"it grants no topics: {claims.topics.problem}")
 
 
 def _refuse_revoked(settings: Settings, claims: "Claims") -> str:
@@ -242,7 +262,7 @@ def _refuse_revoked(settings: Settings, claims: "Claims") -> str:
     return ""
 
 
-for _command in (*cli_publish.COMMANDS, *cli_revoke.COMMANDS):
+for _command in (*cli_publish.COMMANDS, *cli_revoke.COMMANDS, *cli_presence.COMMANDS):
     cli.add_command(_command)
 
 
@@ -254,6 +274,7 @@ for _command in (*cli_publish.COMMANDS, *cli_revoke.COMMANDS):
 @click.option("--device", metavar="NAME", help="Be this device: go on where it was last time.")
 @click.option("--position", metavar="P", help="Go on from this position instead.")
 @click.option("--ack", is_flag=True, help="Acknowledge what is shown.")
+@click.option("--topic", multiple=True, metavar="T", help="Subscribe to this, too. Repeatable.")
 def listen(
     config_file: Path | None,
     user: str | None,
@@ -263,11 +284,13 @@ def listen(
     device: str | None,
     position: str | None,
     ack: bool,
+    topic: tuple[str, ...],
     **flags: str | None,
 ) -> None:
     """Connect as a user and print what arrives; reconnects by itself. Ctrl-C ends it.
 
-    With --user its token is renewed for as long as it runs; one that was given ends it by expiring.
+    With --user its token is renewed for as long as it runs, and allows each --topic; one that was
+    given ends it by expiring, and allows what it allows.
 
     What was published while it was away comes first. Without --device all connections without a
     name count as one device: what one of them has received is not kept for the others.
@@ -283,7 +306,10 @@ def listen(
         raise click.UsageError("--url begins with ws:// or wss://")
     if user is not None and token is not None:
         raise click.UsageError("say either --user U or --token TOKEN")
-    renew = None if user is None else _signer(settings, user)
+    for name in topic:
+        if not is_name(name):
+            raise click.UsageError(f"--topic {name}: 1 to 128 of A-Z a-z 0-9 . : / _ @ ~ -")
+    renew = None if user is None else _signer(settings, user, topic)
     listening = Listening(
         url=url or f"{settings.ws_scheme}://{_local(settings.ws_host)}:{settings.ws_port}/ws",
         token=_given(token) if renew is None else renew(),
@@ -291,6 +317,7 @@ def listen(
         device=device or "",
         position=position or "",
         ack=ack,
+        topics=dict.fromkeys(topic, ""),
     )
     own = None if url or settings.tls_cert is None else own_server(settings.tls_cert)
     trio.run(run, listening, _show, note, own)
@@ -305,7 +332,7 @@ def _given(token: str | None) -> str:
     return token
 
 
-def _signer(settings: Settings, user: str) -> Callable[[], str]:
+def _signer(settings: Settings, user: str, topics: tuple[str, ...]) -> Callable[[], str]:
     """Return what makes a token for ``user`` that is good for a day from then."""
     from trioserver.auth import sign  # noqa: PLC0415
 
@@ -313,7 +340,7 @@ def _signer(settings: Settings, user: str) -> Callable[[], str]:
 
     def signed() -> str:
         now = time.time()
-        return sign(complete, user, now + DAY_SECONDS, issued_at=now)
+        return sign(complete, user, now + DAY_SECONDS, issued_at=now, topics=topics)
 
     return signed
 

@@ -17,6 +17,7 @@ import msgspec
 from trioserver.cli_options import (
     date_and_time,
     load_settings,
+    note,
     where_is_redis,
     with_settings,
     written_as,
@@ -62,9 +63,13 @@ def _publisher(
 @_shown_settings
 @click.option("--user", "users", multiple=True, metavar="U", help="To this user; may be repeated.")
 @click.option("--all", "everyone", is_flag=True, help="To every user, those who are away too.")
+@click.option("--topic", "topics", multiple=True, metavar="T", help="To this topic; as --user.")
 @click.option("--type", "kind", default="notification", show_default=True, metavar="TYPE")
 @click.option(
-    "--ttl", callback=_duration, metavar="TIME", help="Keep it so long: 90s, 1h, 7d (the default)."
+    "--ttl",
+    callback=_duration,
+    metavar="TIME",
+    help="Keep it so long: 90s, 1h, 7d (the default; of topics 1h, or what the server says).",
 )
 @click.option("--ephemeral", is_flag=True, help="For who is connected now; nothing is kept.")
 @click.option("--idempotency-key", metavar="KEY", help="Publish once, however often this runs.")
@@ -86,11 +91,13 @@ def _publisher(
 @click.option(
     "--priority", is_flag=True, help="Also if the user has got as many as may be in a minute."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object per user.")
+@click.option("--key", metavar="KEY", help="What it is about; for topics that are live only.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object per recipient.")
 @click.argument("payload", metavar="PAYLOAD_JSON")
 def publish(  # noqa: PLR0913 - its options
     config_file: Path | None,
     users: tuple[str, ...],
+    topics: tuple[str, ...],
     payload: str,
     *,
     kind: str,
@@ -99,6 +106,7 @@ def publish(  # noqa: PLR0913 - its options
     collapse_key: str | None,
     deliver_at: float | None,
     fallback_after: float | None,
+    key: str | None,
     everyone: bool,
     ephemeral: bool,
     priority: bool,
@@ -107,16 +115,21 @@ def publish(  # noqa: PLR0913 - its options
 ) -> None:
     """Publish a notification.
 
-    Every device of the user gets it: now if it is connected, else when it comes back. The answer
-    comes when Redis has it. PAYLOAD_JSON is any JSON value; - reads it from standard input.
+    Every device of the user gets it: now if it is connected, else when it comes back. Of a topic
+    those get it who are subscribed; if it is durable, also those who come later. That is what
+    DURABLE_TOPICS says or, if this command has none, what the server has said in Redis.
+
+    The answer comes when Redis has it. PAYLOAD_JSON is any JSON value; - reads it from standard
+    input.
 
     \b
       trioserver publish --user 42 '{"order": 1017}' --type order.shipped
       trioserver publish --all '"Back in ten minutes"' --ephemeral
       trioserver publish --user 42 --user 43 '"Good morning"' --deliver-at +8h --ttl 1h
+      trioserver publish --topic room.7 '"Dinner is ready"'
     """  # noqa: D301 - to click this means: leave the next lines as they are
-    if bool(users) == everyone:
-        raise click.UsageError("say either --user U or --all")
+    if bool(users) + bool(topics) + everyone != 1:
+        raise click.UsageError("say either --user U or --topic T or --all")
     if ephemeral and ttl is not None:
         raise click.UsageError("say either --ttl or --ephemeral")
     options: Options = {
@@ -127,17 +140,50 @@ def publish(  # noqa: PLR0913 - its options
         "deliver_at": deliver_at,
         "fallback_after": fallback_after,
         "priority": priority,
+        "key": key,
     }
     # A surrogate stands for bytes that are no text; they are refused as such.
     data = payload.encode(errors="surrogateescape") if payload != "-" else sys.stdin.buffer.read()
     with _publisher(flags, config_file, publishing=True) as publisher:
-        _publish(publisher, data, users, options, as_json=as_json)
+        _publish(publisher, data, _Whom(users, topics), options, as_json=as_json)
+
+
+@attrs.frozen
+class _Whom:
+    """The recipients: users, or topics; none of either is everyone."""
+
+    users: tuple[str, ...]
+    topics: tuple[str, ...]
+
+    @property
+    def each(self) -> list[dict[str, object]]:
+        """Each of them, as JSON has it."""
+        if not self.users and not self.topics:
+            return [{"all": True}]
+        users: list[dict[str, object]] = [{"user": name} for name in self.users]
+        return users or [{"topic": name} for name in self.topics]
+
+    def publish(
+        self, publisher: "Publisher", payload: bytes, options: "Options"
+    ) -> "Sequence[Result]":
+        """Publish to each."""
+        match (self.users, self.topics):
+            case ([user], _):
+                return [publisher.publish(payload, user=user, **options)]
+            case (_, [topic]):
+                return [publisher.publish(payload, topic=topic, **options)]
+            case ([], []):
+                return [publisher.publish(payload, everyone=True, **options)]
+            case ([], topics):
+                return publisher.publish(payload, topics=topics, **options)
+            case (users, _):
+                return publisher.publish(payload, users=users, **options)
 
 
 def _publish(
     publisher: "Publisher",
     data: bytes,
-    users: Sequence[str],
+    whom: _Whom,
     options: "Options",
     *,
     as_json: bool,
@@ -151,26 +197,27 @@ def _publish(
 
     interrupted: PublishInterrupted | None = None
     results: Sequence[Result]
+    is_kept = options.get("ttl") != 0
+    if whom.topics and is_kept and publisher.topic_rules() is None:
+        note(
+            "warning: no server has said which topics are durable, and DURABLE_TOPICS is not set:"
+            " this is only for who is subscribed now"
+        )
     try:
-        if len(users) > 1:
-            results = publisher.publish(data, users=users, **options)
-        elif users:
-            results = [publisher.publish(data, user=users[0], **options)]
-        else:
-            results = [publisher.publish(data, everyone=True, **options)]
+        results = whom.publish(publisher, data, options)
     except RateLimited as limited:
         raise CommandError(f"not published: {_limit_text(limited)}") from None
     except PublishRefused as refusal:
         raise CommandError(f"this cannot be published: {refusal}") from None
     except PublishInterrupted as problem:
         interrupted, results = problem, problem.results
-    whom: Sequence[str | None] = users or [None]
-    for user, result in zip(whom, results, strict=True):
+    for one, result in zip(whom.each, results, strict=True):
         if as_json:
-            click.echo(msgspec.json.encode(_fields(user, result)))
+            click.echo(msgspec.json.encode({**one, **_fields(result)}))
         else:
-            name = f"user {user}: " if len(users) > 1 else ""
-            text = f"{name}{_line(result, options.get('deliver_at'))}"
+            [(what, name)] = one.items()
+            head = f"{what} {name}: " if len(results) > 1 else ""
+            text = f"{head}{_line(result, options.get('deliver_at'))}"
             click.echo(text, err=not isinstance(result, Accepted))
     if interrupted is not None:
         raise interrupted
@@ -199,20 +246,14 @@ def _limit_text(limited: "RateLimited") -> str:
     return f"{limited}; wait so long, or say --priority"
 
 
-def _fields(user: str | None, result: "Result") -> dict[str, object]:
+def _fields(result: "Result") -> dict[str, object]:
     from trioserver.publisher import RateLimited  # noqa: PLC0415
 
-    whom = {"all": True} if user is None else {"user": user}
     if isinstance(result, RateLimited):
-        return {
-            **whom,
-            "outcome": "limited",
-            "error": str(result),
-            "retry_after": result.retry_after,
-        }
+        return {"outcome": "limited", "error": str(result), "retry_after": result.retry_after}
     if isinstance(result, Exception):
-        return {**whom, "outcome": "refused", "error": str(result)}
-    return {**whom, **msgspec.structs.asdict(result)}
+        return {"outcome": "refused", "error": str(result)}
+    return msgspec.structs.asdict(result)
 
 
 @click.command()
@@ -264,16 +305,21 @@ def trace(
     """Tell the life of a notification: when it was sent, received, acked, read, or why not.
 
     ID is what publish printed. What is known of a notification is kept until a day after it has
-    expired.
+    expired; of one to a topic, five minutes.
     """
     with _publisher(flags, config_file) as publisher:
         found = publisher.notification(notification)
     if found is None:
         raise CommandError(
             f"nothing is known of {notification}: it was not accepted, or has expired more than "
-            "a day ago"
+            f"{_forgotten_after(notification)} ago"
         )
     click.echo(msgspec.json.encode(attrs.asdict(found)) if as_json else trace_text(found))
+
+
+def _forgotten_after(notification: str) -> str:
+    """Return how long something is known of a notification after its end."""
+    return "five minutes" if notification.startswith("t") else "a day"
 
 
 @click.command()

@@ -11,6 +11,8 @@ Life
     corked      subscribed in the hub, but what is offered waits: ``connection_established``
                 has to come first, and with it what the client has missed. So: hub, then Redis
                 confirms the topic, then the ledger is read, then both tracks go live
+                A chat connection also waits for its stored session, an anonymous one for
+                nothing else
     live        frames go out as they come
     leaving     a `CloseReason` is set; nothing more is offered or processed. The farewell
                 (goodbye and Close frame) goes out, the client's Close frame is awaited
@@ -40,9 +42,11 @@ from trioserver.deflate import inflate
 from trioserver.envelope import Entry
 from trioserver.errors import AuthError, CloseReason
 from trioserver.feed import Feed
+from trioserver.memberships import Memberships
 from trioserver.outbox import DeflatingOutbox, Outbox
 from trioserver.pump import READ, WRITE
 from trioserver.shared import Pending, Shared
+from trioserver.sitting import Sitting
 from trioserver.timers import IDLE
 from trioserver.wish import NO_WISH, Wish
 
@@ -83,6 +87,9 @@ EXPIRY_NOTICE_SECONDS: Final = 30.0
 
 REFRESH_WEIGHT: Final = 100
 """How many requests a ``refresh`` is: a signature is to be checked, and tokens last longer."""
+
+TOPIC_WEIGHT: Final = 4
+"""How many requests one about a topic is: it costs Redis about as much."""
 
 LATENCY_SAMPLE: Final = 0b111
 """One answer in eight is timed: looking at the clock again costs as much as reading the message."""
@@ -135,7 +142,9 @@ class Connection:
         "_progress_at",
         "_scope",
         "_session",
+        "_sitting",
         "_sock",
+        "_topics",
         "_warn_at",
         "_wish",
         "bucket",
@@ -148,7 +157,7 @@ class Connection:
         "shared",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0915 - each slot is set once
         self,
         shared: Shared,
         sock: socket.socket,
@@ -177,7 +186,17 @@ class Connection:
         else:
             self.outbox = Outbox(sock, shared.outbox_limits, self)
             self._decoder = frames.Decoder(shared.max_message)
-        self._session = session.Session(claims.user if claims else None)
+        self.outbox.joins = wish.batch
+        user = claims.user if claims else None
+        self._sitting: Sitting | None = None
+        if wish.chat:
+            stranger = connection_id if shared.chat_anonymous else ""
+            self._session: session.Session = session.ChatSession(user, stranger)
+            self._sitting = Sitting(asked=wish.session_id)
+        else:
+            self._session = session.Session(user)
+        self._topics: Memberships | None = None
+        """None until the first one is asked for."""
         self._claims = claims
         self._greeting = greeting
         self._wish = wish
@@ -291,8 +310,11 @@ class Connection:
         shared.connections.discard(self)
         shared.board.closed(self.caller.key)
         shared.tally.connections -= 1
+        shared.tally.chat_sessions -= self._sitting is not None
         shared.tally.closed(reason, shared.pump.now - self._opened)
-        if self._session.user is None and reason not in _JUDGED:
+        if reason is CloseReason.TOO_SLOW:
+            shared.tally.slow_consumers["disconnect"] += 1
+        if self._session.nameless and reason not in _JUDGED:
             shared.tally.auth["missing"] += 1
         shared.log_end(self, reason)
 
@@ -309,35 +331,88 @@ class Connection:
         shared.board.opened(self.caller.key)
         shared.tally.connections += 1
         shared.tally.opened += 1
-        if self._session.user is None:
+        shared.tally.chat_sessions += self._sitting is not None
+        if self._session.nameless:
             self.outbox.offer(self._take_greeting())
         else:
-            self._enter(self._session.user)
+            self._enter()
         if early and self.reason is None:
             self._receive(early)
         if self.reason is None:
             shared.pump.wheel.schedule(self, self._next_moment())
 
-    def _enter(self, user: str) -> None:
-        """Subscribe, read what was missed, then say so: what is published after that arrives."""
+    def _enter(self) -> None:
+        """Find out what there is for the client, then say so."""
+        outbox = self.outbox
+        if not outbox.corked:
+            outbox.cork()
+        now = self.shared.pump.now
+        self._follow_by = now + FOLLOW_SECONDS
+        user = self._session.user
+        if self._sitting is not None:
+            self._sitting.sit(self, self.shared.chats, user)
+        if user is not None:
+            self._follow(user)
+        if outbox.corked:
+            self.shared.pump.wheel.hasten(self, now + GREETING_SECONDS)
+
+    def seated(self, why: str) -> None:
+        """Take note that the stored session is ours; see `chat.Host`."""
+        sitting = self._sitting
+        if self.reason is not None or sitting is None:
+            return
+        known, sitting.why = sitting.why, why
+        if not self.outbox.corked:
+            if known is None:
+                # It was told that nobody knows; now somebody does.
+                self._say(self._established(None, ""))
+        elif self._feed is None:
+            self.establish(None, "", b"")
+        elif sitting.page is not None:
+            self.establish(*sitting.page)
+
+    def not_yours(self) -> None:
+        """Take note that the stored session belongs to another user; see `chat.Host`."""
+        sitting = self._sitting
+        if self.reason is not None or sitting is None:
+            return
+        if self._session.user is not None:
+            self.end(CloseReason.FORBIDDEN)
+            return
+        # It may still say that it is that user.
+        sitting.lose(self.shared.pump.now)
+        self._session.needs_user()
+        self._follow_by = math.inf
+        self.shared.tally.error("unauthenticated")
+        error = messages.Error("unauthenticated", "this session belongs to a user: send auth")
+        frame = frames.encode_text(messages.encode(error))
+        if self.outbox.corked:
+            self.outbox.uncork(self._take_greeting() + frame)
+        else:
+            self.outbox.offer(frame)
+        self.hasten(self._next_moment())
+
+    def _say(self, message: bytes) -> None:
+        """Send a message that nobody has asked for."""
+        frame = frames.encode_text(message)
+        if self.outbox.offer(frame):
+            self.shared.tally.bytes_out += len(frame)
+
+    def _follow(self, user: str) -> None:
+        """Subscribe, read what was missed: what is published after that arrives."""
         shared = self.shared
         outbox = self.outbox
-        outbox.cork()
         self._feed = Feed(self, self._wish)
         topic = shared.user_topic(user)
         if shared.hub.add(topic, outbox):
             shared.tally.users += 1
         shared.hub.add(shared.broadcast_topic, outbox)
         shared.registry.enter(self)
-        now = shared.pump.now
-        self._follow_by = now + FOLLOW_SECONDS
         self._pending = shared.follower.follow(topic)
         if self._pending is None:
             self._feed.begin()
         else:
             self._pending.notify(self)
-        if outbox.corked:
-            shared.pump.wheel.hasten(self, now + GREETING_SECONDS)
 
     def followed(self) -> None:
         """Take note that Redis has confirmed the user's topic; never raises."""
@@ -353,12 +428,32 @@ class Connection:
             why: It is not the one that was asked for; empty if it is.
             backlog: Frames.
         """
+        sitting = self._sitting
+        if sitting is not None and sitting.why is None and why != "unavailable":
+            sitting.page = (where, why, backlog)
+            return
         outbox = self.outbox
         self._follow_by = math.inf
         established = frames.encode_text(self._established(where, why))
         outbox.uncork(self._take_greeting() + established + backlog)
+        if self.reason is None and self._claims is not None and self._claims.topics.join:
+            self.topics.join(self._claims.topics.join)
+        if self.reason is not None:
+            return
+        # What is asked for while the outbox is corked is not read before it has been emptied.
+        if self._topics is not None:
+            self._topics.read_on()
         if outbox.empty:
+            if self._feed is not None:
+                self._feed.read_on()
             self._watch(self._wanted())
+
+    @property
+    def topics(self) -> Memberships:
+        """The topics of this connection; made when it is asked for the first time."""
+        if self._topics is None:
+            self._topics = Memberships(self)
+        return self._topics
 
     def _wait_longer(self, now: float) -> None:
         """Answer the handshake although Redis has not, and give up waiting for it in the end."""
@@ -367,7 +462,9 @@ class Connection:
             self.end(CloseReason.PEER_LOST)
         elif now >= self._follow_by and not (self._feed is not None and self._feed.go_alone()):
             # It stays wanted: as soon as Redis is back, it is told what it has missed.
-            self.establish(None, "unavailable", b"")
+            page = self._sitting.page if self._sitting is not None else None
+            where, _, backlog = page or (None, "", b"")
+            self.establish(where, "unavailable", backlog)
 
     def _take_greeting(self) -> bytes:
         """Return the 101 answer if it has not been sent, else nothing."""
@@ -376,17 +473,19 @@ class Connection:
 
     def _established(self, where: str | None, why: str) -> bytes:
         shared = self.shared
-        claims = self._claims
-        assert claims is not None  # noqa: S101 - for the type checker: it has a user
-        expires_in = self._live_until(claims.expires_at)
+        claims, wish, sitting = self._claims, self._wish, self._sitting
+        if sitting is not None and sitting.why is not None and why != "unavailable":
+            why = sitting.why
         return messages.encode(
             messages.ConnectionEstablished(
                 connection_id=self.connection_id,
-                user=claims.user,
+                label=wish.label or None,
+                session_id=None if sitting is None else sitting.session_id,
+                user=self._session.user,
                 resumed=not why,
-                count=self._session.count,
+                count=self._session.count if sitting is None else sitting.count,
                 heartbeat_seconds=shared.pace.heartbeat_interval,
-                expires_in=expires_in,
+                expires_in=None if claims is None else self._live_until(claims.expires_at),
                 server_time=shared.stamp(),
                 position=where,
                 reason=why or None,
@@ -408,10 +507,19 @@ class Connection:
         feed = self._feed
         return feed is not None and self.reason is None and feed.entered(entry, everyone=everyone)
 
+    def entered_topic(self, topic: bytes, entry: Entry, frame: bytes) -> bool:
+        """Give an entry of a durable topic to who wants it; see `outbox.Owner.entered_topic`."""
+        topics = self._topics
+        return topics is not None and self.reason is None and topics.entered(topic, entry, frame)
+
     def catch_up(self) -> None:
         """Look whether something was published that did not come."""
-        if self._feed is not None and self.reason is None:
+        if self.reason is not None:
+            return
+        if self._feed is not None:
             self._feed.catch_up()
+        if self._topics is not None:
+            self._topics.catch_up()
 
     def answer(self, message: bytes) -> None:
         """Send a message that the client has asked for."""
@@ -419,6 +527,17 @@ class Connection:
         if self.reason is None and self.outbox.offer(frame):
             self.shared.tally.messages_out += 1
             self.shared.tally.bytes_out += len(frame)
+
+    def answer_chat(self, answers: bytes, messages_out: int) -> None:
+        """Send the answers to counted messages; see `chat.Host`.
+
+        Args:
+            answers: Frames.
+            messages_out: How many messages they are.
+        """
+        if self.reason is None and self.outbox.offer(answers):
+            self.shared.tally.messages_out += messages_out
+            self.shared.tally.bytes_out += len(answers)
 
     def hasten(self, when: float) -> None:
         """Have `due` called then, or before."""
@@ -441,7 +560,7 @@ class Connection:
             self._pending = None
         if self._scope is not None:
             self._scope.cancel()
-        self._leave_hub()
+        self._leave()
         outbox = self.outbox
         if reason is CloseReason.PEER_LOST:
             outbox.abandon()
@@ -482,7 +601,13 @@ class Connection:
             reason.code, reason.text
         )
 
-    def _leave_hub(self) -> None:
+    def _leave(self) -> None:
+        """Leave everything: nothing comes from anywhere any more."""
+        if self._sitting is not None:
+            self._sitting.leave()
+        if self._topics is not None:
+            self._topics.leave()
+            self.shared.excluding.pop(self.connection_id, None)
         user = self._session.user
         if user is None:
             return
@@ -532,6 +657,8 @@ class Connection:
             shared.pump.wheel.hasten(self, now + MESSAGE_SECONDS)
         if self._asked:
             self._pause(now)
+        elif self._sitting is not None and not self._wanted():
+            self._watch(self._interest & ~READ)
         if self.outbox.crowded and not self._session.closed:
             self._watch(0 if self.outbox.corked else WRITE)
 
@@ -551,7 +678,7 @@ class Connection:
         It loses nothing by it, and need not know: it is only slowed down.
         """
         asked, self._asked = self._asked, 0
-        wait = self.shared.requests.owe(self._session.user or "", now, asked)
+        wait = self.shared.requests.owe(self._session.payer, now, asked)
         if self.reason is not None:
             return
         if wait:
@@ -566,16 +693,20 @@ class Connection:
             return 0
         if self.reason is not None:
             return READ  # For its Close frame.
-        feed = self._feed
-        held_up = self._paused_until or (feed is not None and feed.asks_too_much)
-        return 0 if held_up else READ
+        if self._sitting is not None and (self._sitting.waits or self._sitting.crowded):
+            return 0
+        if self._paused_until or (self._feed is not None and self._feed.asks_too_much):
+            return 0
+        if self._topics is not None and self._topics.asks_too_much:
+            return 0
+        return READ
 
     def resume(self) -> None:
         """Read from the client again, unless there is another reason not to."""
         if self.reason is None and self.outbox.empty:
             self._watch(self._wanted())
 
-    def _process(  # noqa: C901 - the hot loop; a call more costs 60 ns per message
+    def _process(  # noqa: C901, PLR0912 - the hot loop; a call more costs 60 ns per message
         self, events: list[frames.Event], now: float
     ) -> CloseReason | None:
         """Answer what came in one read; return how the connection ends, if it does."""
@@ -592,6 +723,9 @@ class Connection:
                     # The usual one first, and by identity: a class pattern costs 0.3 µs.
                     tally.messages_out += 1
                     replies.append(frames.encode_text(action.data))
+                    continue
+                if type(action) is session.Count:
+                    self._count(action)
                     continue
                 verdict = self._perform(action, replies)
             elif opcode == frames.CLOSE:
@@ -616,6 +750,11 @@ class Connection:
                     tally.message_latency.observe(trio.current_time() - now)
         return verdict
 
+    def _count(self, action: session.Count) -> None:
+        """Have a message counted on the stored session, and answered then."""
+        if self._sitting is not None and self._sitting.chat is not None:
+            self._sitting.chat.message(action.payload, action.ref, action.id, self.shared.stamp())
+
     def _perform(self, action: session.Action | None, replies: list[bytes]) -> CloseReason | None:
         """Do what the session has decided; return how the connection ends, if it does."""
         match action:
@@ -630,17 +769,41 @@ class Connection:
                 return self._authenticate(token, wish, replies)
             case session.Refresh(token, ref):
                 return self._refresh(token, ref, replies)
-            case session.Acknowledge(seq, which, ref):
-                self._asked += 1
-                if self._feed is not None:
-                    self._feed.acknowledge(seq, which, ref)
-            case session.MarkRead(ids, up_to, ref):
-                self._asked += max(1, len(ids))
-                if self._feed is not None:
-                    self._feed.mark_read(ids, up_to, ref)
+            case session.Acknowledge() | session.MarkRead():
+                self._tell(action)
+            case session.Ask(message):
+                self._ask(message)
             case session.Close(reason):
                 return reason
         return None
+
+    def _tell(self, action: session.Acknowledge | session.MarkRead) -> None:
+        """Tell the ledger what the client has done with notifications."""
+        feed = self._feed
+        if isinstance(action, session.Acknowledge):
+            self._asked += 1
+            if feed is not None:
+                feed.acknowledge(action.seq, action.id, action.ref)
+        else:
+            self._asked += max(1, len(action.ids))
+            if feed is not None:
+                feed.mark_read(action.ids, action.up_to, action.ref)
+
+    def _ask(self, message: messages.TopicMessage) -> None:
+        """Do what the client asks of a topic."""
+        self._asked += TOPIC_WEIGHT
+        match message:
+            case messages.Subscribe():
+                self.topics.subscribe(message, self.shared.pump.now)
+            case messages.Unsubscribe():
+                self.topics.unsubscribe(message)
+            case messages.Publish():
+                self.shared.tally.topic_publishes += 1
+                if message.exclude_self:
+                    self.shared.excluding[self.connection_id] = self.outbox
+                self.topics.publish(message)
+            case messages.AskPresence():
+                self.topics.ask_presence(message)
 
     def _control(self, opcode: int, payload: bytes, now: float) -> CloseReason | None:
         """Count a ping or pong; return how the connection ends if there are too many.
@@ -674,9 +837,13 @@ class Connection:
             self.end(CloseReason.OVERLOAD, reconnect_in_ms=error.retry_after * 1000)
             return CloseReason.OVERLOAD
         self._claims = claims
-        self._wish = wish
+        self._wish = wish.after(self._wish)
+        self.outbox.joins = self._wish.batch
         if wish.client_type:
             self.caller = attrs.evolve(self.caller, client_type=wish.client_type)
+        sitting = self._sitting
+        if sitting is not None:
+            sitting.logs_in(wish.session_id)
         # What was said to the nameless client goes out; what follows waits for the first message.
         if replies:
             self.outbox.offer(b"".join(replies))
@@ -684,12 +851,20 @@ class Connection:
         if self.reason is not None:
             # It was gone when we answered: what has ended must not enter anywhere.
             return None
-        if not self.outbox.empty:
+        if self.outbox.empty or self.outbox.corked:
+            self._log_in(claims)
+        elif self._session.nameless or sitting is None:
             # Nameless, and it does not even read what was wrong with its messages.
             return CloseReason.TOO_SLOW
-        self._session.authenticated(claims.user)
-        self._enter(claims.user)
+        else:
+            # First it has to read what it was sent as a stranger.
+            sitting.waits = True
+            self._watch(self._interest & ~READ)
         return None
+
+    def _log_in(self, claims: Claims) -> None:
+        self._session.authenticated(claims.user)
+        self._enter()
 
     def _refresh(self, token: str, ref: str | None, replies: list[bytes]) -> CloseReason | None:
         """Go on with another token of the same user; a bad one changes nothing."""
@@ -711,6 +886,8 @@ class Connection:
         if claims.user != self._session.user:
             return CloseReason.FORBIDDEN
         self._claims = claims
+        if self._topics is not None or claims.topics.join:
+            self.topics.reconsider()
         if self.outbox.corked:
             # The first message will say how long this one lives.
             expires_in = max(0, int(claims.expires_at - self.shared.wall()))
@@ -732,10 +909,16 @@ class Connection:
         if outbox.empty:
             self._progress_at = math.inf
             self.shared.blocked.discard(self)
+            sitting = self._sitting
+            if sitting is not None and sitting.waits and self._claims and self.reason is None:
+                sitting.waits = False
+                self._log_in(self._claims)
             self._watch(self._wanted())
             self._check_settled()
             if self._feed is not None and self.reason is None:
                 self._feed.read_on()
+            if self._topics is not None and self.reason is None:
+                self._topics.read_on()
 
     def hung_up(self) -> None:
         """Note that the client is gone."""
@@ -798,6 +981,8 @@ class Connection:
             self._wait_longer(now)
         elif self._feed is not None:
             self._feed.due(now)
+            if self._topics is not None:
+                self._topics.due(now)
         signs = self._signs_of_life(now)
         if signs:
             self.outbox.offer(signs)
@@ -839,9 +1024,13 @@ class Connection:
         pace = self.shared.pace
         deadlines = [(self._progress_at + (pace.write_wait or math.inf), CloseReason.TOO_SLOW)]
         deadlines.append((self._expires_at, CloseReason.UNAUTHORIZED))
-        if self._session.user is None:
+        if self._session.nameless:
             patience = pace.auth_timeout or math.inf
-            deadlines.append((self._opened + patience, CloseReason.AUTH_TIMEOUT))
+            refused_at = None if self._sitting is None else self._sitting.refused_at
+            if refused_at is None:
+                deadlines.append((self._opened + patience, CloseReason.AUTH_TIMEOUT))
+            else:
+                deadlines.append((refused_at + patience, CloseReason.FORBIDDEN))
         if self._message_since is not None and not self._paused_until:
             deadlines.append((self._message_since + MESSAGE_SECONDS, CloseReason.POLICY))
         silence = pace.pong_wait if pace.ping_interval else pace.idle_timeout
@@ -856,6 +1045,8 @@ class Connection:
             nearest = min(nearest, self._follow_by - FOLLOW_SECONDS + patience)
         elif self._feed is not None:
             nearest = min(nearest, self._feed.next_moment())
+            if self._topics is not None:
+                nearest = min(nearest, self._topics.next_moment())
         if self._paused_until:
             nearest = min(nearest, self._paused_until)
         return min(nearest, self._ping_at, self._beat_at, self._warn_at)

@@ -9,6 +9,9 @@ frames, and keeps the `Progress` that the worker's receipts report.
                 can say, everyone's begins at its head. Then `Host.establish`, with the first page
     backlog     the next page is asked for when the client has taken the one before
     live        what is published goes out as it comes, if it is next; else the stream is read
+    lagging     if the policy is to spill and half of what may wait does: what is published stays in
+                the ledger, and the client is told so. When it has taken what it got, the stream is
+                read, page by page, until it is live again
 
 Receipts need no code on the client's side: a ping that names the newest point goes out in the same
 write as a notification, if none is unanswered and the last is `CONFIRM_SECONDS` ago. Its pong
@@ -33,6 +36,7 @@ from trioserver.outbox import Outbox
 from trioserver.position import Position
 from trioserver.receipts import Progress
 from trioserver.shared import Shared
+from trioserver.slow_policies import Policies, Policy
 from trioserver.track import Track, Verdict
 from trioserver.wish import Wish
 
@@ -94,7 +98,17 @@ class Feed:
         wish: Where its client wants to go on.
     """
 
-    __slots__ = ("_asks", "_everyone", "_host", "_own", "_page", "_pages", "_progress", "_wish")
+    __slots__ = (
+        "_asks",
+        "_everyone",
+        "_host",
+        "_own",
+        "_page",
+        "_pages",
+        "_progress",
+        "_spills",
+        "_wish",
+    )
 
     def __init__(self, host: Host, wish: Wish) -> None:
         self._host = host
@@ -109,6 +123,8 @@ class Feed:
         """None until the ledger had something for it."""
         self._asks = 0
         """Requests of the client that are not answered."""
+        self._spills = _spills(host.shared.policies)
+        """Streams that stay in the ledger while the client does not keep up."""
 
     # Reading.
 
@@ -188,6 +204,8 @@ class Feed:
         except Exception as bug:  # noqa: BLE001 - would spoil the pages of others
             self._host.shared.log_bug("feed", bug)
             self._host.failed(bug)
+        # What has come meanwhile and was next is held; this is no turn of the subscription.
+        self._host.outbox.release()
 
     def _take_own(self, page: Page) -> None:
         first = not self._own.point
@@ -202,6 +220,7 @@ class Feed:
         if page is None:
             return False
         self._serve(page, first=True)
+        self._host.outbox.release()
         return True
 
     def _serve(self, page: Page, *, first: bool) -> None:
@@ -294,19 +313,58 @@ class Feed:
         if track.live:
             return
         following, again = track.reached(point, more=False)
-        newest = track.point
+        newest, track.point = track.point, point
         for entry in following:
+            if self._spills:
+                self._host.outbox.release()  # What was held may be much, so each counts.
+            if self._lags(everyone=everyone):
+                track.begin()
+                self._spill(everyone=everyone)
+                return
             track.point = entry.point  # each frame names its own
             self._deliver(entry, everyone=everyone)
         track.point = newest
         if again:
-            self._host.shared.reader.want(self, everyone=everyone)
+            self._read(everyone=everyone)
 
     def _catch_up(self, *, everyone: bool) -> None:
         track = self._track(everyone=everyone)
         # Without a point the first read is on its way; the track takes care of another behind it.
         if track.begin() and track.point:
+            self._read(everyone=everyone)
+
+    def _read(self, *, everyone: bool) -> None:
+        """Read a stream whose track is waiting for that: now, or when the client keeps up."""
+        if self._lags(everyone=everyone):
+            self._spill(everyone=everyone)
+        else:
             self._host.shared.reader.want(self, everyone=everyone)
+
+    def _stays(self, *, everyone: bool) -> bool:
+        """Return whether what has just been published stays in the ledger.
+
+        It does while the next read has not begun: that will bring it.
+        """
+        if self._track(everyone=everyone).live and self._lags(everyone=everyone):
+            self._catch_up(everyone=everyone)
+        return bool(self._pages & (_EVERYONE if everyone else _OWN))
+
+    def _lags(self, *, everyone: bool) -> bool:
+        """Return whether the client is to be left behind in this stream."""
+        if not self._spills & (_EVERYONE if everyone else _OWN):
+            return False
+        outbox = self._host.outbox
+        if not outbox.half_full:
+            return False
+        outbox.release()  # The client may have taken what this turn has brought.
+        return outbox.half_full
+
+    def _spill(self, *, everyone: bool) -> None:
+        """Leave a stream, whose track is not live, in the ledger until `read_on`."""
+        self._pages |= _EVERYONE if everyone else _OWN
+        lagging = messages.Lagging(self._where(), stream=_stream(everyone=everyone))
+        self._offer(frames.encode_text(messages.encode(lagging)))
+        self._host.shared.outbox_limits.on_given_up(Policy.SPILL, 1)
 
     def _track(self, *, everyone: bool) -> Track[Entry]:
         return self._everyone if everyone else self._own
@@ -316,6 +374,8 @@ class Feed:
     def entered(self, entry: Entry, *, everyone: bool) -> bool:
         """Send what was just published, if it is next; see `outbox.Owner.entered`."""
         track = self._everyone if everyone else self._own
+        if (self._pages or self._spills) and self._stays(everyone=everyone):
+            return False
         verdict = track.take(entry)
         if verdict is Verdict.DELIVER:
             return self._deliver(entry, everyone=everyone)
@@ -329,8 +389,12 @@ class Feed:
         if isinstance(entry, Change):
             if entry.by == self._host.connection_id:
                 return False  # it has its answer
+            # A frame each: what is held may be joined to others.
             updates = self._updates(entry.state, entry.ids, unread, everyone=everyone)
-            return self._offer_kept(updates, is_notice=False, compress=False)
+            accepted = False
+            for one in updates:
+                accepted = self._offer_kept(one, is_notice=False, compress=False)
+            return accepted
         tally = self._host.shared.tally
         frame = self._frame(entry, entry.point, entry.payload, unread, attempt=1, everyone=everyone)
         # Each connection has a frame of its own; compressing ten thousand of them is too much.
@@ -388,10 +452,11 @@ class Feed:
             else:
                 host.hasten(progress.pinged_at + REMIND_SECONDS)
         outbox = host.outbox
-        if not compress:
-            return self._offer(frame + ping)
-        if not (outbox.deliver_with(frame, ping) if ping else outbox.deliver(frame)):
+        # Both leave when the turn is over, in one write.
+        if not (outbox.deliver(frame) if compress else outbox.hold(frame)):
             return False
+        if ping:
+            outbox.hold(ping)
         shared.tally.bytes_out += len(frame) + len(ping)
         return True
 
@@ -440,7 +505,7 @@ class Feed:
                 continue
             track.point = f"{page.epoch}.{item.place}"
             if isinstance(item, ledger.Change):
-                found.append(self._updates(item.state, item.ids, unread, everyone=everyone))
+                found.extend(self._updates(item.state, item.ids, unread, everyone=everyone))
                 continue
             notices += 1
             payload = messages.checked(item.payload)
@@ -451,7 +516,7 @@ class Feed:
             )
             if item.state == "read":
                 # On another device, while this one was away.
-                found.append(self._updates("read", [item.id], unread, everyone=everyone))
+                found.extend(self._updates("read", [item.id], unread, everyone=everyone))
         track.point = page.reached_point
         if found:
             self._sent_page(page, notices, everyone=everyone)
@@ -472,15 +537,20 @@ class Feed:
 
     def _updates(
         self, state: str, ids: Sequence[str], unread: int | None, *, everyone: bool
-    ) -> bytes:
+    ) -> list[bytes]:
+        """Return a frame for each."""
         where, stream = self._where(), _stream(everyone=everyone)
         updates = [messages.Update(one, state, where, unread, stream) for one in ids]
-        return b"".join([frames.encode_text(messages.encode(update)) for update in updates])
+        return [frames.encode_text(messages.encode(update)) for update in updates]
 
     def _gap(self, gap: ledger.Gap, *, everyone: bool) -> bytes:
         self._host.shared.tally.gap(gap.reason)
         message = messages.Gap(
-            gap.from_seq, gap.to_seq, gap.missing, gap.reason, _stream(everyone=everyone)
+            from_seq=gap.from_seq,
+            to_seq=gap.to_seq,
+            missing=gap.missing,
+            reason=gap.reason,
+            stream=_stream(everyone=everyone),
         )
         return frames.encode_text(messages.encode(message))
 
@@ -634,6 +704,12 @@ class Feed:
             progress.rewinding = True
             self._host.shared.tally.redeliveries += 1
             self._host.shared.reader.want(self, everyone=False)
+
+
+def _spills(policies: Policies) -> int:
+    """Return the streams that are spilled."""
+    own = _OWN if policies.inbox is Policy.SPILL else 0
+    return own | (_EVERYONE if policies.broadcast is Policy.SPILL else 0)
 
 
 def _stream(*, everyone: bool) -> str | None:

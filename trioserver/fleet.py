@@ -29,6 +29,7 @@ Theory
 Two scripts write (``lua/enter.lua``, ``lua/lease.lua``), each in one slot of a cluster.
 """
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,6 +118,11 @@ class Lives:
             for life, score in cast("list[tuple[bytes, bytes]]", pairs)
         )
         return cls(now_ms, {life: score for life, score in scores if life and score is not None})
+
+    @functools.cached_property
+    def living(self) -> frozenset[str]:
+        """The names of those that are not over."""
+        return frozenset(life for life in self.scores if not self.is_over(life))
 
     def is_over(self, life: str) -> bool:
         """Return whether entries of this life that are older than this count no more."""
@@ -334,17 +340,23 @@ def whereabouts(replies: Sequence[object]) -> Whereabouts:
             was refused says nothing.
     """
     clock, members, page = replies
-    seconds, micro = (_whole(part) for part in clock) if isinstance(clock, list) else (0, 0)
-    lives = Lives.of(seconds * 1000 + micro // 1000, members if isinstance(members, list) else [])
+    now_ms = clock_ms(clock)
+    lives = Lives.of(now_ms, members if isinstance(members, list) else [])
     entries = page[1] if isinstance(page, list) else []
     connections = [
         one
         for field, card in zip(entries[::2], entries[1::2], strict=False)
-        if (one := connected(field, card, lives, seconds - ENTRY_SECONDS)) is not None
+        if (one := connected(field, card, lives, now_ms // 1000 - ENTRY_SECONDS)) is not None
     ]
     return Whereabouts(connections=[]).joined(
         Whereabouts(connections=connections, more=_cursor(page) != b"0")
     )
+
+
+def clock_ms(reply: object) -> int:
+    """Return the milliseconds since 1970 of a reply to ``TIME``; 0 if it was refused."""
+    seconds, micro = (_whole(part) for part in reply) if isinstance(reply, list) else (0, 0)
+    return seconds * 1000 + micro // 1000
 
 
 def _cursor(page: object) -> bytes:

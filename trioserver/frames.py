@@ -349,6 +349,31 @@ def encode_text(payload: bytes) -> bytes:
     return encode(TEXT, payload)
 
 
+def join_texts(run: list[bytes]) -> list[bytes]:
+    """Return whole frames with text frames that follow each other as one: an array of JSON.
+
+    Args:
+        run: Frames as `encode_text` makes them, of JSON, and others, which stay as they are.
+    """
+    joined: list[bytes] = []
+    texts: list[bytes] = []
+    for frame in run:
+        if frame[0] == _FIN_TEXT:
+            texts.append(frame)
+            continue
+        joined.extend(_array(texts))
+        joined.append(frame)
+        texts = []
+    joined.extend(_array(texts))
+    return joined
+
+
+def _array(texts: list[bytes]) -> list[bytes]:
+    if len(texts) <= 1:
+        return texts
+    return [encode_text(b"[%b]" % b",".join([payload_of(frame) for frame in texts]))]
+
+
 def encode_close(code: int, reason: str = "") -> bytes:
     """Return a Close frame; the reason is cut to the 123 bytes that fit."""
     text = reason.encode()[:_MAX_REASON]

@@ -21,6 +21,8 @@ class Hub:
     def __init__(self) -> None:
         self._topics: dict[bytes, Outbox | set[Outbox]] = {}
         """Most users have one connection, and a set of one costs 200 bytes more than the one."""
+        self.find = self._topics.get
+        """Returns who wants a topic: one, a set, or None; to be looked at, not to be changed."""
 
     def add(self, topic: bytes, outbox: Outbox) -> bool:
         """Subscribe ``outbox``; return whether it is the topic's first."""
@@ -48,9 +50,9 @@ class Hub:
         return True
 
     def deliver(self, topic: bytes, frame: bytes) -> tuple[int, int]:
-        """Offer ``frame`` to all of ``topic``; return how many accepted and how many refused.
+        """Deliver ``frame`` to all of ``topic``; return how many accepted and how many refused.
 
-        For topics of a few outboxes: it does not pause.
+        For topics of a few outboxes: it does not pause. It goes out when the `Turn` is over.
         """
         present = self._topics.get(topic)
         if isinstance(present, Outbox):
@@ -59,6 +61,11 @@ class Hub:
         snapshot = tuple(present or ())
         accepted = sum([outbox.deliver(frame) for outbox in snapshot])
         return accepted, len(snapshot) - accepted
+
+    def has(self, topic: bytes, outbox: Outbox) -> bool:
+        """Return whether ``outbox`` wants ``topic`` now."""
+        present = self._topics.get(topic)
+        return outbox in present if isinstance(present, set) else present is outbox
 
     def outboxes(self, topic: bytes) -> tuple[Outbox, ...]:
         """Return a snapshot of who wants ``topic`` now."""

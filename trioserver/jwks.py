@@ -312,7 +312,8 @@ class Keyring:
         if not self._wanted:
             self._wanted = True
             self.on_wanted()
-        return NoKey(math.ceil(max(0.0, self.due_at - now)) + _SOON)
+        # Rounded first: the sum of moments may be a hair above the whole seconds that it means.
+        return NoKey(math.ceil(round(max(0.0, self.due_at - now), 3)) + _SOON)
 
     def began(self, now: float) -> None:
         """Note that a fetch has begun. One of `succeeded` and `failed` must follow."""

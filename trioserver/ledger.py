@@ -15,6 +15,10 @@ either.
 
 All keys of one user lie in one slot of a cluster, because their names begin with the user's
 partition in braces. A script is told one key and makes the others from it.
+
+Beside the users' inboxes there are streams that many read: the one for everyone, and one for each
+durable topic (`Topic`). Of their notifications nobody counts what is unread, and no device has a
+place of its own in them.
 """
 
 import functools
@@ -32,6 +36,7 @@ import msgspec
 from trioserver.position import join, seq_of
 from trioserver.resp import Argument
 from trioserver.settings import Settings
+from trioserver.topics import Patterns
 
 Command: TypeAlias = tuple[Argument, ...]
 
@@ -39,7 +44,10 @@ EVERYONE: Final = "all"
 """Partition, and name in keys, of what is published to everyone."""
 
 PARTITIONS: Final = tuple(f"p{number:02d}" for number in range(64))
-"""The users' partitions; `EVERYONE` is one more."""
+"""The users' partitions; `EVERYONE` is one more, and then there are those of the topics."""
+
+TOPIC_PARTITIONS: Final = tuple(f"t{number:02d}" for number in range(16))
+"""The topics' partitions."""
 
 BAD_REQUEST: Final = "BADREQUEST "
 """Begins the error for what cannot be done as asked; the rest is for a person."""
@@ -60,6 +68,30 @@ MAX_DEVICES: Final = 32
 """Of one user; more push out those that were seen longest ago."""
 NAMELESS: Final = "-"
 """Stands for the device without a name, in keys."""
+
+
+# ---- Whose a stream is
+
+
+@attrs.frozen
+class Topic:
+    """A topic, where a user may stand as well."""
+
+    name: str
+
+
+Owner: TypeAlias = str | Topic | None
+"""Of a stream: a user by his id, a topic, or None for everyone."""
+
+
+def topic_channel(prefix: str, name: str) -> str:
+    """Return the channel on which a topic is live.
+
+    Args:
+        prefix: The setting ``CHANNEL_PREFIX``.
+        name: Of the topic.
+    """
+    return f"{prefix}topic:{name}"
 
 
 # ---- Rules: what an operator has chosen
@@ -89,6 +121,32 @@ class Rules:
             max_payload=settings.notification_max_size,
             idempotency_ttl_ms=round(settings.idempotency_ttl * 1000),
             rate=settings.notifications_per_minute_per_user,
+        )
+
+
+@attrs.frozen(kw_only=True)
+class TopicRules:
+    """Which topics are kept, and how much of them."""
+
+    durable: Patterns = attrs.field(factory=Patterns)
+    """Those that are kept; all others are live only."""
+    max_length: int = 100
+    """Notifications of one topic."""
+    ttl_ms: int = 3_600_000
+    """For how long each of them is kept."""
+    max_payload: int = 10_240
+    """Bytes; 0 is no limit."""
+    idempotency_ttl_ms: int = 300_000
+
+    @classmethod
+    def of(cls, settings: Settings) -> "TopicRules":
+        """Return those that the settings ask for."""
+        return cls(
+            durable=Patterns.of(settings.durable_topics),
+            max_length=settings.topic_history_length,
+            ttl_ms=round(settings.topic_history_ttl * 1000),
+            max_payload=settings.notification_max_size,
+            idempotency_ttl_ms=round(settings.idempotency_ttl * 1000),
         )
 
 
@@ -142,9 +200,13 @@ def encoded(name: str) -> str:
     return "".join(chr(byte) if _plain(chr(byte)) else f"%{byte:02X}" for byte in name.encode())
 
 
-def partition(user: str) -> str:
-    """Return the partition of a user."""
-    return PARTITIONS[zlib.crc32(user.encode()) & 63]
+def partition(owner: Owner) -> str:
+    """Return the partition of a user, of a topic, or the one of everyone."""
+    if isinstance(owner, str):
+        return PARTITIONS[zlib.crc32(owner.encode()) & 63]
+    if owner is None:
+        return EVERYONE
+    return TOPIC_PARTITIONS[zlib.crc32(owner.name.encode()) & 15]
 
 
 def partition_of(notification_id: str) -> str | None:
@@ -153,16 +215,31 @@ def partition_of(notification_id: str) -> str | None:
     return match[1] if match else None
 
 
-def key(kind: str, owner: str | None) -> str:
-    """Return the name of a user's key: ``meta``, ``inbox``, ``holes`` or ``cursors``.
+def owner_of(notification_id: str, name: str) -> Owner:
+    """Return whose a notification is.
+
+    Args:
+        notification_id: Its id.
+        name: What its life says: the user's id, or the name of the topic.
+    """
+    home = notification_id.partition("-")[0]
+    if home in TOPIC_PARTITIONS:
+        return Topic(name)
+    return None if home == EVERYONE else name
+
+
+def key(kind: str, owner: Owner) -> str:
+    """Return the name of an owner's key: ``meta``, ``inbox``, ``holes`` or ``cursors``.
 
     Args:
         kind: Which.
-        owner: The user's id, or None for what belongs to everyone.
+        owner: The user's id, the topic, or None for what belongs to everyone.
     """
+    if isinstance(owner, str):
+        return f"ts:{{{partition(owner)}}}:{kind}:{encoded(owner)}"
     if owner is None:
         return f"ts:{{{EVERYONE}}}:{kind}:{EVERYONE}"
-    return f"ts:{{{partition(owner)}}}:{kind}:{encoded(owner)}"
+    return f"ts:{{{partition(owner)}}}:{kind}:{encoded(owner.name)}"
 
 
 def notification_key(notification_id: str) -> str | None:
@@ -185,7 +262,7 @@ def events_key(home: str) -> str:
 
 
 _id_shape = re.compile(
-    r"(p[0-5][0-9]|p6[0-3]|all)"
+    r"(p[0-5][0-9]|p6[0-3]|t0[0-9]|t1[0-5]|all)"
     r"-[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 ).fullmatch
 
@@ -213,8 +290,8 @@ def new_id(home: str, now_ms: int) -> str:
 class Notification:
     """Something to publish. Times and durations are milliseconds, moments since 1970."""
 
-    user: str | None
-    """None is everyone."""
+    user: Owner
+    """To whom: a user, a topic, or None for everyone."""
     payload: bytes
     """JSON."""
     type: str = "notification"
@@ -228,6 +305,8 @@ class Notification:
     traceparent: str | None = None
     channel: str | None = None
     """Where to announce it; None is where the user's worker is known to listen."""
+    sender: str | None = None
+    """The user who publishes it to a topic; None if a back end does."""
     priority: bool = False
     """Whether it comes through when the user has got all that `Rules.rate` allows."""
 
@@ -245,15 +324,24 @@ class Accepted(msgspec.Struct, frozen=True, gc=False):
     """``accepted``, ``scheduled``, or ``duplicate``: it was there already."""
 
 
-def publish(notification: Notification, *, rules: Rules) -> Command:
-    """Return the command that publishes. Answered with `accepted`, or an error without effect."""
+def publish(notification: Notification, *, rules: Rules | TopicRules) -> Command:
+    """Return the command that publishes. Answered with `accepted`, or an error without effect.
+
+    Args:
+        notification: What, and to whom.
+        rules: The operator's; those of topics, if it is to one.
+    """
     one = notification
     command: list[Argument] = [
         *_opening("publish", key("meta", one.user)),
         *("id", one.id, "payload", one.payload, "type", one.type, "ttl", one.ttl_ms),
-        *("max", rules.max_length, "events", rules.events_max_length),
-        *("max_size", rules.max_payload, "idempotency_ttl", rules.idempotency_ttl_ms),
+        *("max", rules.max_length, "max_size", rules.max_payload),
+        *("idempotency_ttl", rules.idempotency_ttl_ms),
     ]
+    rate = None
+    if isinstance(rules, Rules):
+        command += ("events", rules.events_max_length)
+        rate = rules.rate or None
     optional: tuple[tuple[str, str | int | None], ...] = (
         ("idempotency_key", one.idempotency_key),
         ("collapse_key", one.collapse_key),
@@ -261,7 +349,8 @@ def publish(notification: Notification, *, rules: Rules) -> Command:
         ("fallback_after", one.fallback_after_ms),
         ("traceparent", one.traceparent),
         ("channel", one.channel),
-        ("rate", rules.rate or None),
+        ("rate", rate),
+        ("sender", one.sender),
         ("priority", 1 if one.priority else None),
     )
     for name, value in optional:
@@ -275,7 +364,8 @@ def accepted(reply: object) -> Accepted:
     name, point, seq, outcome = cast("tuple[bytes, bytes, int, bytes]", reply)
     position = point.decode()
     if position:
-        position = join("", position) if name.startswith(b"all-") else join(position, "")
+        is_users = name.startswith(b"p")
+        position = join(position, "") if is_users else join("", position)
     return Accepted(name.decode(), position, seq, outcome.decode())
 
 
@@ -308,6 +398,8 @@ class Notice(msgspec.Struct, frozen=True, gc=False):
     """How often this device has been given it by a reading, with this one."""
     state: str
     traceparent: str | None
+    sender: str | None = None
+    """The user who published it to a topic; None if a back end did."""
 
     @property
     def seq(self) -> int:
@@ -370,7 +462,7 @@ class Page(msgspec.Struct, frozen=True, gc=False):
 
 
 def read(  # noqa: PLR0913 - the script's arguments, each with its name
-    owner: str | None,
+    owner: Owner,
     *,
     device: str = "",
     point: str = "",
@@ -387,13 +479,14 @@ def read(  # noqa: PLR0913 - the script's arguments, each with its name
     """Return the command that reads an inbox from where its reader is. Answered with `page`.
 
     Args:
-        owner: The user, or None for the stream for everyone.
+        owner: The user, the topic, or None for the stream for everyone.
         device: The reader's name; empty if it has none.
         point: Where it says it is; it beats what is stored.
         garbage: It has said something that nobody understands.
         connect: A client has come: its device is remembered, and the keys live on.
         ack: Continue where the device has acknowledged, not where it has received.
-        head: A reader without a place begins at the end instead of with all there is.
+        head: A reader without a place begins at the end instead of with all there is. (Of a topic
+            all there is comes without a gap for what is older.)
         channel: Where its worker listens; stored, for publishers that do not know.
         all_point: Where the device is in the stream for everyone; stored if nothing is yet.
         nonce: Name of the epoch, if one must begin: 8 random characters of a-z and 0-9.
@@ -443,8 +536,9 @@ def page(reply: object) -> Page:
 
 def _item(item: list[object]) -> Item:
     if item[0] == b"n":
-        _, place, name, kind, payload, expires, attempt, state, trace = cast(
-            "tuple[bytes, bytes, bytes, bytes, bytes, int, int, bytes, bytes]", item
+        _, place, name, kind, payload, expires, attempt, state, trace, *sender = cast(
+            "tuple[bytes, bytes, bytes, bytes, bytes, int, int, bytes, bytes, *tuple[bytes, ...]]",
+            item,
         )
         return Notice(
             place.decode(),
@@ -455,6 +549,7 @@ def _item(item: list[object]) -> Item:
             attempt,
             state.decode(errors="replace"),
             trace.decode(errors="replace") or None,
+            sender[0].decode(errors="replace") if sender else None,
         )
     if item[0] == b"u":
         _, place, state, ids = cast("tuple[bytes, bytes, bytes, bytes]", item)
@@ -551,11 +646,11 @@ def marked(reply: object) -> tuple[int, int]:
     return unread, count
 
 
-def cancel(owner: str | None, notification_id: str, *, rules: Rules) -> Command:
+def cancel(owner: Owner, notification_id: str, *, rules: Rules) -> Command:
     """Return the command that withdraws a notification. Answered with `cancelled`.
 
     Args:
-        owner: Whose it is, or None for everyone.
+        owner: Whose it is (see `owner_of`).
         notification_id: Its id.
         rules: The operator's.
     """

@@ -10,7 +10,7 @@ from typing import Final, cast
 import attrs
 
 from trioserver import ledger
-from trioserver.ledger import Command
+from trioserver.ledger import Command, Owner, Topic
 from trioserver.position import join, order, seq_of
 
 PAGE_ENTRIES: Final = 200
@@ -226,7 +226,7 @@ class Trace:
 
     id: str
     user: str | None
-    """None is everyone."""
+    """None is everyone, or a topic."""
     type: str
     state: str
     """accepted, sent, received, acked, read, expired or cancelled."""
@@ -245,6 +245,12 @@ class Trace:
     events: tuple[Event, ...]
     """Those that were written about it after ``accepted``, in order."""
     devices: tuple[DeviceLife, ...]
+    topic: str | None = None
+
+    @property
+    def owner(self) -> Owner:
+        """Whose it is."""
+        return self.user if self.topic is None else Topic(self.topic)
 
 
 _MOMENTS: Final = {"s": "sent", "r": "received", "a": "acked", "d": "read"}
@@ -256,10 +262,11 @@ def trace(notification_id: str, reply: object) -> Trace | None:
     fields = _pairs(reply)
     if not fields:
         return None
-    user = fields.get("user", "")
+    owner = ledger.owner_of(notification_id, fields.get("user", ""))
     return Trace(
         id=notification_id,
-        user=None if notification_id.startswith(f"{ledger.EVERYONE}-") else user,
+        user=owner if isinstance(owner, str) else None,
+        topic=owner.name if isinstance(owner, Topic) else None,
         type=fields.get("type", ""),
         state=fields.get("state", ""),
         why=fields.get("why", ""),

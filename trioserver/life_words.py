@@ -38,6 +38,8 @@ def standing_text(standing: Standing) -> str:
 def trace_text(trace: Trace) -> str:
     """Return the life of a notification: what happened when, then a line per device."""
     whom = "everyone" if trace.user is None else f"user {trace.user}"
+    if trace.topic is not None:
+        whom = f"topic {trace.topic}"
     number = f", seq {trace.seq}" if trace.seq else ""
     why = f" ({trace.why})" if trace.why else ""
     lines = [f"{trace.id}: {trace.state}{why}", f"  {trace.type}, for {whom}{number}"]

@@ -44,6 +44,7 @@ class _Seen(msgspec.Struct, gc=False):
     type: str = ""
     id: str = ""
     position: str = ""
+    topic: str = ""
     reconnect_in_ms: int = 0
 
 
@@ -69,6 +70,8 @@ class Listening:
     """Acknowledge each notification that was shown; those that were not come again."""
     renew: Callable[[], str] | None = None
     """Makes another token of the same user; None if there is but the one."""
+    topics: dict[str, str] = attrs.field(factory=dict)
+    """Those that are wanted, and the newest position in each; empty while there is none."""
 
     def address(self) -> str:
         """Return the URL to connect to now."""
@@ -82,26 +85,35 @@ class Listening:
             self.token = self.renew()
         return self.token
 
-    def shown(self, text: str | bytes) -> tuple[bytes, float | None]:
+    def shown(self, text: str | bytes) -> tuple[list[bytes], float | None]:
         """Take note of a message that was shown.
 
         Returns:
-            What to answer, which may be nothing; and the seconds after which to come back, if the
+            What to answer, a message each; and the seconds after which to come back, if the
             message is a goodbye.
         """
         try:
             seen = msgspec.json.decode(text, type=_Seen)
         except (msgspec.MsgspecError, RecursionError, UnicodeError):
-            return b"", None
+            return [], None
         if seen.type == "token_expiring" and self.renew is not None:
-            return msgspec.json.encode({"type": "refresh", "token": self.credential()}), None
+            return [msgspec.json.encode({"type": "refresh", "token": self.credential()})], None
         if seen.type == "goodbye":
-            return b"", seen.reconnect_in_ms / 1000
+            return [], seen.reconnect_in_ms / 1000
+        if seen.topic:
+            if seen.position and seen.topic in self.topics:
+                self.topics[seen.topic] = seen.position
+            return [], None
         self.position = seen.position or self.position
+        return self._answers(seen), None
+
+    def _answers(self, seen: _Seen) -> list[bytes]:
+        if seen.type == "connection_established":
+            return [_subscribe(name, since) for name, since in self.topics.items()]
         # Only a notification has both; nobody acknowledges an update.
         if not (self.ack and seen.id and seen.position) or seen.type == "update":
-            return b"", None
-        return msgspec.json.encode({"type": "ack", "id": seen.id}), None
+            return []
+        return [msgspec.json.encode({"type": "ack", "id": seen.id})]
 
 
 async def listen(
@@ -156,8 +168,8 @@ async def _once(
             while True:
                 text = await connection.get_message()
                 show(text if isinstance(text, str) else repr(text))
-                answer, asked = listening.shown(text)
-                if answer:
+                answers, asked = listening.shown(text)
+                for answer in answers:
                     await connection.send_message(answer.decode())
     except BrokenPipeError:
         # Whoever reads our output has gone; the command line knows what that means.
@@ -177,6 +189,12 @@ async def _once(
     except (OSError, trio_websocket.HandshakeError) as error:
         note(f"cannot connect to {url}: {_root(error)}")
     return None
+
+
+def _subscribe(topic: str, since: str) -> bytes:
+    """Return the request for a topic, from where it was left if that is known."""
+    request = {"type": "subscribe", "topic": topic}
+    return msgspec.json.encode(request | {"since": since} if since else request)
 
 
 def _detail(body: bytes | None) -> str:

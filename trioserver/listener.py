@@ -34,7 +34,7 @@ from trioserver.origins import Origins
 from trioserver.peers import Peers, peer_address
 from trioserver.response_heads import request_id
 from trioserver.shared import Shared
-from trioserver.wish import Wish, of_query
+from trioserver.wish import Wish, of_request
 
 _FULL: Final = Refusal.for_now(503, "the server is full", RETRY_AFTER_SECONDS)
 """Only ever asked for its response, never raised: a raised one would collect tracebacks."""
@@ -206,7 +206,7 @@ class Listener:
         """
         page = self.pages.get(request.path)
         if page is None:
-            raise Refusal(404, "nothing here; WebSocket is at /ws")
+            raise Refusal(404, "nothing here; WebSocket is at /ws and /ws/chat/")
         if request.method not in {"GET", "HEAD"}:
             raise Refusal(405, "only GET is answered here", (("Allow", "GET, HEAD"),))
         status, content_type, body = page()
@@ -221,7 +221,7 @@ class Listener:
         )
 
     def judge(self, request: Request, peer: int) -> Admitted:
-        """Decide about a handshake on ``/ws``. Nothing may be awaited between this and `start`.
+        """Decide about a WebSocket handshake. Nothing may be awaited between this and `start`.
 
         Args:
             request: The handshake.
@@ -242,7 +242,7 @@ class Listener:
         self._make_room(key)
         parameters = request.parameters()
         try:
-            wish = of_query(parameters)
+            wish = of_request(request.path, parameters)
         except ClientError as error:
             raise Refusal(400, error.message) from None
         claims = self._authenticate(upgrade.token, parameters)

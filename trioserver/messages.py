@@ -10,12 +10,14 @@ their syntax is checked, their values are nobody's business here.
 """
 
 import datetime as dt
+import re
 from typing import Annotated, Final
 
 import msgspec
 
 from trioserver.errors import ClientError
 from trioserver.ledger import MAX_MARKED
+from trioserver.topics import MAX_NAME
 
 Ref = Annotated[str, msgspec.Meta(max_length=64)]
 
@@ -32,17 +34,46 @@ ClientType = Annotated[
 ]
 """What kind of client it is, in its own words; for operators and presence."""
 
+SessionId = Annotated[
+    str,
+    msgspec.Meta(pattern=r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z"),
+]
+"""A UUID, as its canonical text in any case."""
+
+Label = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[!-~]+\Z")]
+"""What a client calls a chat connection in its path."""
+
+MAX_MESSAGE_ID: Final = 64
+
+MessageId = Annotated[
+    str, msgspec.Meta(min_length=1, max_length=MAX_MESSAGE_ID, pattern=r"^[!-~]+\Z")
+]
+"""By which a client tells a message that it sends again from another one."""
+
+TopicName = Annotated[
+    str, msgspec.Meta(min_length=1, max_length=MAX_NAME, pattern=r"^[A-Za-z0-9.:/_@~-]+\Z")
+]
+
+MAX_KEY: Final = 64
+
+Key = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_KEY)]
+"""What a notification is about: of those with one key only the newest matters."""
+
 NotificationId = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9-]+\Z")]
 Seq = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
 
 NULL: Final = msgspec.Raw(b"null")
+
+MAX_DEPTH: Final = 512
+"""Levels of a payload that a client publishes. It is read again by every worker, inside of more and
+deeper in the stack, and must not turn out to be too deep there: Python's limit is about 1,000."""
 
 RESERVED_TYPES: Final = frozenset(
     {
         # What the server says...
         *("connection_established", "gap", "update", "message_response", "heartbeat", "pong"),
         *("token_expiring", "token_refreshed", "subscribed", "unsubscribed", "presence"),
-        *("error", "goodbye"),
+        *("error", "goodbye", "lagging"),
         # ... and what clients say: publishing any of these would let a publisher speak as us.
         *("auth", "refresh", "message", "ack", "read", "subscribe", "unsubscribe", "publish"),
         "ping",
@@ -50,6 +81,8 @@ RESERVED_TYPES: Final = frozenset(
 )
 
 MAX_TYPE_LENGTH: Final = 64
+
+MAX_CURSOR: Final = 512
 
 
 class Auth(msgspec.Struct, frozen=True, gc=False, tag="auth"):
@@ -61,6 +94,8 @@ class Auth(msgspec.Struct, frozen=True, gc=False, tag="auth"):
     ack: bool = False
     client_type: ClientType | None = None
     ref: Ref | None = None
+    batch: bool = False
+    session_id: SessionId | None = None
 
 
 class Refresh(msgspec.Struct, frozen=True, gc=False, tag="refresh"):
@@ -75,6 +110,8 @@ class Message(msgspec.Struct, frozen=True, gc=False, tag="message"):
 
     payload: msgspec.Raw = NULL
     ref: Ref | None = None
+    id: MessageId | None = None
+    """On a chat session: what comes again with the same one is not counted again."""
 
 
 class Ping(msgspec.Struct, frozen=True, gc=False, tag="ping"):
@@ -99,20 +136,71 @@ class Read(msgspec.Struct, frozen=True, gc=False, tag="read"):
     ref: Ref | None = None
 
 
-ClientMessage = Auth | Refresh | Message | Ping | Ack | Read
+class Subscribe(msgspec.Struct, frozen=True, gc=False, tag="subscribe"):
+    """Send me what is published to this topic; answered with `Subscribed`."""
+
+    topic: TopicName
+    since: Annotated[str, msgspec.Meta(max_length=MAX_POSITION)] | None = None
+    """Of a durable topic: the position where the client stopped, or ``start`` for all that is
+    kept. Without one only what comes from now on."""
+    ref: Ref | None = None
+
+
+class Unsubscribe(msgspec.Struct, frozen=True, gc=False, tag="unsubscribe"):
+    """No more of this topic; answered with `Unsubscribed`."""
+
+    topic: TopicName
+    ref: Ref | None = None
+
+
+class Publish(msgspec.Struct, frozen=True, gc=False, tag="publish"):
+    """Send this to all subscribers of a topic; answered with `Published` if there is a ref."""
+
+    topic: TopicName
+    payload: msgspec.Raw = NULL
+    key: Key | None = None
+    """See `Key`; for live topics only."""
+    exclude_self: bool = False
+    """Whether this connection does not get it."""
+    ref: Ref | None = None
+
+
+class AskPresence(msgspec.Struct, frozen=True, gc=False, tag="presence"):
+    """Who is subscribed to this topic? Answered with `Presence`."""
+
+    topic: TopicName
+    after: Annotated[str, msgspec.Meta(max_length=MAX_CURSOR)] | None = None
+    """Go on behind the page whose ``next`` this was."""
+    ref: Ref | None = None
+
+
+TopicMessage = Subscribe | Unsubscribe | Publish | AskPresence
+
+ClientMessage = Auth | Refresh | Message | Ping | Ack | Read | TopicMessage
 
 
 class ConnectionEstablished(
-    msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="connection_established"
+    msgspec.Struct,
+    frozen=True,
+    gc=False,
+    omit_defaults=True,
+    kw_only=True,
+    tag="connection_established",
 ):
     """The first message on every connection."""
 
     connection_id: str
-    user: str
+    label: str | None = None
+    """What the client has called a chat connection in its path."""
+    session_id: str | None = None
+    """Of a chat session: come back with it."""
+    user: str | None = None
+    """Absent for who is anonymous."""
     resumed: bool
-    count: int
+    count: int | None
+    """Messages counted; null on a chat session that is not known yet."""
     heartbeat_seconds: float
-    expires_in: int
+    expires_in: int | None = None
     """Seconds until the token expires."""
     server_time: str
     position: str | None = None
@@ -145,6 +233,90 @@ class MessageResponse(
     payload: msgspec.Raw
     timestamp: str
     ref: str | None = None
+    id: str | None = None
+    repeated: bool = False
+    """Whether it was counted before, and this is its count."""
+
+
+class Subscribed(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="subscribed"):
+    """The answer to `Subscribe`, and the first that is said of a topic joined by the token.
+
+    What is published to the topic from now on comes behind it; of a durable topic also what was
+    missed since `position`.
+    """
+
+    topic: str
+    ref: str | None = None
+    position: str | None = None
+    """Of a durable topic: from where this connection is served."""
+    resumed: bool = False
+    """Whether a known place was continued."""
+    reason: str | None = None
+    """Why it was not, if it was asked for."""
+
+
+class Unsubscribed(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="unsubscribed"):
+    """The answer to `Unsubscribe`; or a new token does not allow this topic any more."""
+
+    topic: str
+    ref: str | None = None
+    reason: str | None = None
+    """``forbidden`` if nobody has asked for it."""
+
+
+class Published(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="publish"):
+    """The answer to `Publish`: Redis has it."""
+
+    topic: str
+    ref: str
+    id: str | None = None
+    """Of a durable topic, as all subscribers see it."""
+    position: str | None = None
+
+
+class Attendee(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """One connection that is subscribed to a topic."""
+
+    user: str
+    since: str
+    """RFC 3339: when it subscribed."""
+    device: str | None = None
+    client_type: str | None = None
+
+
+class Presence(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="presence"):
+    """The answer to `AskPresence`: a page of who is subscribed, by user."""
+
+    topic: str
+    connections: int
+    users: int
+    """How many different ones."""
+    members: list[Attendee]
+    next: str | None = None
+    """Ask again with this as ``after`` for more; absent on the last page."""
+    ref: str | None = None
+
+
+class PresenceEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="presence"):
+    """A user has come to a topic or has left it, with all connections."""
+
+    topic: str
+    event: str
+    """``join`` or ``leave``."""
+    user: str
+    users: int
+    """How many are there now."""
+    timestamp: str
+
+
+class Lagging(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="lagging"):
+    """What follows in this stream waits in the ledger until the client has read what it got."""
+
+    position: str
+    """Up to where it was sent."""
+    topic: str | None = None
+    stream: str | None = None
+    """``all`` for the stream of everyone; neither for the user's own."""
 
 
 class Pong(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="pong"):
@@ -168,15 +340,20 @@ class Marked(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="rea
     ref: str
 
 
-class Gap(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="gap"):
+class Gap(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True, tag="gap"):
     """Something was lost and cannot come."""
 
-    from_seq: int
-    to_seq: int
+    from_seq: int | None = None
+    to_seq: int | None = None
+    """None for what has no numbers."""
     missing: int
     reason: str
     stream: str | None = None
     """``all`` if it is about the stream of everyone."""
+    topic: str | None = None
+    """If it is about a topic."""
+    of_type: str | None = None
+    """If it is about ephemeral notifications of this type to the user."""
 
 
 class Update(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="update"):
@@ -187,6 +364,7 @@ class Update(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag="upd
     position: str
     unread: int | None = None
     stream: str | None = None
+    topic: str | None = None
 
 
 class Heartbeat(msgspec.Struct, frozen=True, gc=False, tag="heartbeat"):
@@ -226,6 +404,9 @@ class Durable(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """The user's, now; absent for what goes to everyone."""
     stream: str | None = None
     traceparent: str | None = None
+    topic: str | None = None
+    sender: str | None = msgspec.field(name="from", default=None)
+    """The user who published it to a topic; None if a back end did."""
 
 
 class _Notification(msgspec.Struct, frozen=True, gc=False):
@@ -236,7 +417,19 @@ class _Notification(msgspec.Struct, frozen=True, gc=False):
     timestamp: str
 
 
-class _Published(msgspec.Struct, frozen=True, gc=False):
+class Topical(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """A notification of a live topic as clients see it."""
+
+    type: str
+    topic: str
+    payload: msgspec.Raw
+    timestamp: str
+    sender: str | None = msgspec.field(name="from", default=None)
+    """The user who published it; None if a back end did."""
+    key: str | None = None
+
+
+class RawPublication(msgspec.Struct, frozen=True, gc=False):
     """What a back end may say in a raw ``PUBLISH``; every other field is lost on purpose.
 
     So nobody can forge an ``id`` or a ``seq``.
@@ -244,6 +437,7 @@ class _Published(msgspec.Struct, frozen=True, gc=False):
 
     payload: msgspec.Raw
     type: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TYPE_LENGTH)] = "notification"
+    key: Key | None = None
 
 
 class _Lenient(msgspec.Struct, frozen=True, gc=False):
@@ -256,11 +450,18 @@ class _Lenient(msgspec.Struct, frozen=True, gc=False):
 _client_decoder: msgspec.json.Decoder[ClientMessage] = msgspec.json.Decoder(ClientMessage)
 _lenient_decoder = msgspec.json.Decoder(_Lenient)
 _raw_decoder = msgspec.json.Decoder(msgspec.Raw)
-_published_decoder = msgspec.json.Decoder(_Published)
+_no_strings: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"').sub
+_NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
+_published_decoder = msgspec.json.Decoder(RawPublication)
 encode = msgspec.json.Encoder().encode
 """Return the JSON of any server message, as UTF-8 bytes."""
 
-_known_types: Final = frozenset({"auth", "refresh", "message", "ping", "ack", "read"})
+_known_types: Final = frozenset(
+    {
+        *("auth", "refresh", "message", "ping", "ack", "read"),
+        *("subscribe", "unsubscribe", "publish", "presence"),
+    }
+)
 
 
 def decode(text: bytes) -> ClientMessage:
@@ -313,16 +514,34 @@ def checked(payload: bytes) -> msgspec.Raw:
         return NULL
 
 
+def is_too_deep(payload: msgspec.Raw) -> bool:
+    """Return whether a payload that a client publishes is nested more than `MAX_DEPTH` deep.
+
+    Args:
+        payload: JSON.
+    """
+    if len(payload) <= 2 * MAX_DEPTH:
+        return False
+    text = bytes(payload)
+    if text.count(b"[") + text.count(b"{") <= MAX_DEPTH:
+        return False
+    depth = 0
+    for opens in map(b"[{".__contains__, _no_strings(b"", text).translate(None, _NO_BRACKETS)):
+        depth += 1 if opens else -1
+        if depth > MAX_DEPTH:
+            return True
+    return False
+
+
 class BadPublish(Exception):  # noqa: N818 - a verdict
     """What arrived on a channel is not a notification. ``str()`` says why, without its bytes."""
 
 
-def notification_from_raw(data: bytes, timestamp: str, max_payload: int) -> bytes:
-    """Return the JSON that clients get for a raw ``PUBLISH``.
+def publication(data: bytes, max_payload: int) -> RawPublication:
+    """Return what a raw ``PUBLISH`` says.
 
     Args:
         data: What the publisher sent: ``{"type": …, "payload": …}``.
-        timestamp: RFC 3339, when it reached this server.
         max_payload: Bytes the payload may have; 0 means no limit.
 
     Raises:
@@ -341,7 +560,17 @@ def notification_from_raw(data: bytes, timestamp: str, max_payload: int) -> byte
     payload = published.payload
     if 0 < max_payload < len(memoryview(payload)):
         raise BadPublish(f"the payload is larger than {max_payload} bytes")
-    return encode(_Notification(published.type, payload, timestamp))
+    return published
+
+
+def notification(published: RawPublication, timestamp: str) -> bytes:
+    """Return the JSON that clients get for a raw ``PUBLISH`` to a user or to everyone.
+
+    Args:
+        published: What it says.
+        timestamp: RFC 3339, when it reached this server.
+    """
+    return encode(_Notification(published.type, published.payload, timestamp))
 
 
 def raw_publish(kind: str, payload: bytes) -> bytes:

@@ -214,6 +214,29 @@ FAMILIES: Final = (
         "Connections that went on where their position or their device had stopped.",
         lambda t: t.resumed,
     ),
+    _counters(
+        "slow_consumers_total",
+        "What clients did without that did not keep up, by policy: connections ended, "
+        "notifications dropped or replaced by newer ones, streams left in the ledger for a while.",
+        "policy",
+        lambda t: t.slow_consumers,
+    ),
+    _sum("chat_sessions", "Open connections on chat sessions.", lambda t: t.chat_sessions),
+    _counter(
+        "chat_messages_total",
+        "Messages counted on chat sessions, and answered.",
+        lambda t: t.chat_messages,
+    ),
+    _sum(
+        "topic_subscriptions",
+        "Topics that connections are subscribed to, each once per connection.",
+        lambda t: t.topic_subscriptions,
+    ),
+    _counter(
+        "topic_publishes_total",
+        "What clients have asked to be published to topics.",
+        lambda t: t.topic_publishes,
+    ),
     _counter(
         "receipts_dropped_total",
         "Receipts that were given up because too many waited for Redis; they cost duplicates.",

@@ -10,6 +10,8 @@ Rules
       precisely the one that does not move, so nothing may wait for it. What waits in all
       outboxes together is bounded as well, by a `Budget`.
     * While corked, everything waits: the first message of a connection is not ready yet.
+    * What is `Outbox.deliver`ed is held until the `Turn` is over, so that several notifications for
+      one connection leave in one write. Whatever else is offered meanwhile comes behind them.
     * `offer` never raises. It returns False after overflow, a broken socket, or `finish`.
 
 Frames are shared: a broadcast that ten thousand slow clients have not read yet is one bytes
@@ -24,8 +26,11 @@ from typing import Final, Protocol
 
 import attrs
 
+from trioserver import frames
 from trioserver.deflate import Compressor
 from trioserver.envelope import Entry
+from trioserver.slow_policies import Policy
+from trioserver.soft import Line, Marker, Soft
 
 MAX_VECTOR: Final = 64
 """Frames handed to one ``sendmsg``; well below the kernel's IOV_MAX of 1,024."""
@@ -33,6 +38,32 @@ MAX_VECTOR: Final = 64
 CROWD_BYTES: Final = 1 << 20
 CROWD_FRAMES: Final = 256
 """What `Outbox.crowded` reckons with where there is no limit."""
+
+
+JOINED_BYTES: Final = 64 << 10
+"""How much is put together to leave as one piece; beyond it frames go one after the other."""
+
+
+class Turn:
+    """What one turn of the subscription has brought, not written yet.
+
+    Whoever delivers says when the turn is `over`, and before that awaits nothing.
+    """
+
+    __slots__ = ("outboxes",)
+
+    def __init__(self) -> None:
+        self.outboxes: list[Outbox] = []
+        """Those that hold something, each once."""
+
+    def over(self) -> int:
+        """Let all of it go out; return how many outboxes have refused. Never raises."""
+        outboxes, self.outboxes = self.outboxes, []
+        refused = 0
+        for outbox in outboxes:
+            if not outbox.release():
+                refused += 1
+        return refused
 
 
 class Budget:
@@ -82,6 +113,12 @@ class OutboxLimits:
     budget: Budget = attrs.field(factory=Budget)
     """What may wait for all of them together."""
 
+    turn: Turn = attrs.field(factory=Turn)
+    """Which holds what is delivered."""
+
+    on_given_up: Callable[[Policy, int], None] = lambda _policy, _count: None
+    """Told how many waiting frames were given up, and in what way; must not raise."""
+
     largest: int = attrs.field(init=False)
     """Bytes of the largest frame that is accepted at all: what may not wait must not begin."""
 
@@ -112,6 +149,9 @@ class Owner(Protocol):
             everyone: Whether it is in the stream of everyone, not in the user's own.
         """
 
+    def entered_topic(self, topic: bytes, entry: Entry, frame: bytes) -> bool:
+        """The same of a durable topic, whose frame is the same for all."""
+
 
 class Outbox:
     """The waiting frames of one socket.
@@ -123,6 +163,8 @@ class Outbox:
     """
 
     __slots__ = (
+        "_held",
+        "_held_bytes",
         "_limits",
         "_offset",
         "_owner",
@@ -130,6 +172,7 @@ class Outbox:
         "_waiting",
         "closed",
         "corked",
+        "joins",
         "waiting_bytes",
     )
 
@@ -146,6 +189,12 @@ class Outbox:
         """Whether `offer` refuses. What waits may still be flushed."""
         self.corked = False
         """Whether what is offered waits for `uncork`, under the same bounds."""
+        self._held: bytes | list[bytes] | None = None
+        """What was delivered in this turn."""
+        self._held_bytes = 0
+        """Of that, if it is several frames."""
+        self.joins = False
+        """Whether the client takes several messages in one frame, as an array."""
 
     @property
     def empty(self) -> bool:
@@ -158,14 +207,41 @@ class Outbox:
         waiting = self._waiting
         if waiting is None:
             return False
+        return self._is_beyond(waiting, 2)
+
+    @property
+    def half_full(self) -> bool:
+        """Whether half of what may wait does: time to leave in the ledger what is kept there.
+
+        What is held counts as if it waited. Whether it does, is known after `release`.
+        """
+        waiting, held = self._waiting, self._held
+        if held is None:
+            return waiting is not None and self._is_beyond(waiting, 1)
+        if isinstance(held, bytes):
+            return self._is_beyond(waiting or deque(), 1, len(held), 1)
+        return self._is_beyond(waiting or deque(), 1, self._held_bytes, len(held))
+
+    def _is_beyond(
+        self, waiting: deque[bytes], halves: int, held_bytes: int = 0, held: int = 0
+    ) -> bool:
+        """Return whether a half of what may wait does, or a half of that and so on.
+
+        What may be given up makes place for everything else, so it does not count.
+        """
         limits = self._limits
+        size, count = self.waiting_bytes, len(waiting)
+        if isinstance(waiting, Line):
+            size, count = size - waiting.soft_bytes, waiting.hard
         return (
-            self.waiting_bytes > (limits.max_bytes or CROWD_BYTES) >> 2
-            or len(waiting) > (limits.max_frames or CROWD_FRAMES) >> 2
+            size + held_bytes > (limits.max_bytes or CROWD_BYTES) >> halves
+            or count + held > (limits.max_frames or CROWD_FRAMES) >> halves
         )
 
     def offer(self, frame: bytes) -> bool:
         """Accept ``frame`` for sending; return False if it never will be sent."""
+        if self._held is not None:
+            self.release()
         if self.closed:
             return False
         if self._waiting is not None or len(frame) > self._limits.largest:
@@ -193,6 +269,7 @@ class Outbox:
 
     def uncork(self, first: bytes) -> None:
         """Send ``first``, then what has waited, and from now on what is offered."""
+        self.release()
         held, self._waiting = self._waiting, None
         self.corked = False
         self._hold(-self.waiting_bytes)
@@ -210,18 +287,80 @@ class Outbox:
         except OSError:
             return False
 
-    deliver = offer
+    deliver_now = offer
     """`offer` for a text frame that many get; `DeflatingOutbox` has its own way with these."""
 
-    def deliver_with(self, frame: bytes, tail: bytes) -> bool:
-        """`deliver` a text frame and ``tail``, a control frame, in one write."""
-        return self.offer(frame + tail)
+    def hold(self, frame: bytes) -> bool:
+        """Accept ``frame`` for sending when the turn is over; return False if it never will be."""
+        if self.closed:
+            return False
+        held = self._held
+        if held is None:
+            self._held = frame
+            self._limits.turn.outboxes.append(self)
+            return True
+        if isinstance(held, list):
+            held.append(frame)
+        else:
+            self._held = [held, frame]
+            self._held_bytes = len(held)
+        self._held_bytes += len(frame)
+        return self._held_bytes < JOINED_BYTES or self.release()
+
+    deliver = hold
+    """`hold` for a text frame that many may get."""
+
+    def release(self) -> bool:
+        """Let go out what is held; return False if not all of it will. Idempotent, never raises."""
+        held, self._held = self._held, None
+        if held is None:
+            return True
+        if isinstance(held, list):
+            return self._offer_all(held)
+        return self.offer(held)
+
+    def _offer_all(self, held: list[bytes]) -> bool:
+        """Offer frames, together as long as the client takes them.
+
+        One that does not is offered them one by one: bounds and policies are about frames.
+        """
+        most = min(JOINED_BYTES, self._limits.largest)
+        accepted = True
+        run: list[bytes] = []
+        size = 0
+        for frame in held:
+            if run and size + len(frame) > most:
+                accepted &= self._offer_run(run)
+                run, size = [], 0
+            if self._waiting is not None:
+                accepted &= self.offer(frame)
+            else:
+                run.append(frame)
+                size += len(frame)
+        return self._offer_run(run) and accepted
+
+    def _offer_run(self, run: list[bytes]) -> bool:
+        pieces = self._joined(run)
+        if len(pieces) > 1:
+            return self.offer(b"".join(pieces))
+        # By itself it stays what it is, and may be given up if it might.
+        return not pieces or self.offer(pieces[0])
+
+    def _joined(self, run: list[bytes]) -> list[bytes]:
+        """Return frames as they are written to a client that keeps up."""
+        return frames.join_texts(run) if self.joins else run
 
     def enter(self, entry: Entry, *, everyone: bool) -> bool:
         """Let the owner decide about an entry of the ledger; see `Owner.entered`."""
         return self._owner.entered(entry, everyone=everyone)
 
+    def enter_topic(self, topic: bytes, entry: Entry, frame: bytes) -> bool:
+        """Let the owner decide about an entry of a durable topic; see `Owner.entered_topic`."""
+        return self._owner.entered_topic(topic, entry, frame)
+
     def _wait(self, frame: bytes) -> bool:
+        if type(frame) is not bytes:
+            return self._wait_softly(frame)
         limits = self._limits
         waiting = self._waiting
         if (
@@ -229,12 +368,65 @@ class Outbox:
             or self.waiting_bytes + len(frame) > limits.largest
             or 0 < limits.max_frames <= len(waiting)
         ):
-            self.closed = True
-            self._owner.overflowed()
-            return False
+            return self._wait_pressed(frame)
         waiting.append(frame)
         self._hold(len(frame))
         return not self.closed
+
+    def _wait_softly(self, frame: bytes) -> bool:
+        """Let a frame wait that may be given up, or says what was."""
+        limits = self._limits
+        if self._waiting is None:
+            # It is larger than all that may ever wait.
+            if isinstance(frame, Soft):
+                limits.on_given_up(Policy.DROP_OLDEST, 1)
+                self.offer(bytes(Marker(frame.group, 1)))
+                return False
+            return self._wait_pressed(frame)
+        line = self._line(self._waiting)
+        if not isinstance(frame, Soft):
+            line.add(frame)
+            self._hold(len(frame))
+            return not self.closed
+        change, waits = line.take(
+            frame,
+            limits.largest - self.waiting_bytes,
+            limits.max_frames or sys.maxsize,
+            limits.on_given_up,
+            begun=self._offset > 0,
+        )
+        self._hold(change)
+        return waits and not self.closed
+
+    def _wait_pressed(self, frame: bytes) -> bool:
+        """Let a frame wait for which there is no room, if others make place."""
+        limits = self._limits
+        fits = False
+        if self._waiting is not None and len(frame) <= limits.largest:
+            change, fits = self._line(self._waiting).make_room(
+                len(frame),
+                limits.largest - self.waiting_bytes,
+                limits.max_frames or sys.maxsize,
+                limits.on_given_up,
+                begun=self._offset > 0,
+            )
+            self._hold(change)
+        if self.closed:
+            return False
+        if not fits or self._waiting is None:
+            self.closed = True
+            self._owner.overflowed()
+            return False
+        self._waiting.append(frame)
+        self._hold(len(frame))
+        return not self.closed
+
+    def _line(self, waiting: deque[bytes]) -> Line:
+        """Return what waits as what knows which of it may be given up."""
+        if isinstance(waiting, Line):
+            return waiting
+        line = self._waiting = Line(waiting)
+        return line
 
     def _hold(self, count: int) -> None:
         """Note that so many bytes more wait here. May close this very outbox."""
@@ -286,6 +478,10 @@ class Outbox:
             drop: Give up the frames that have not been begun, so that the farewell comes next.
                 For a client too slow to read them: it resumes, or it was told.
         """
+        if drop:
+            self._held = None
+        else:
+            self.release()
         if self.closed and not drop:
             return
         if drop and self._waiting is not None:
@@ -313,6 +509,7 @@ class Outbox:
     def abandon(self) -> None:
         """Forget what waits and accept nothing more; idempotent."""
         self.closed = True
+        self._held = None
         self.corked = False
         self._waiting = None
         self._offset = 0
@@ -335,9 +532,28 @@ class DeflatingOutbox(Outbox):
         self._compressor = compressor
 
     def deliver(self, frame: bytes) -> bool:
-        """Offer the frame compressed, if that makes it smaller."""
-        return self.offer(self._compressor.of(frame))
+        """Hold the frame compressed, if that makes it smaller."""
+        return self.hold(frame if self.joins else self._compressed(frame))
 
-    def deliver_with(self, frame: bytes, tail: bytes) -> bool:
-        """See `Outbox.deliver_with`."""
-        return self.offer(self._compressor.of(frame) + tail)
+    def deliver_now(self, frame: bytes) -> bool:
+        """Offer the frame compressed, if that makes it smaller."""
+        return self.offer(self._compressed(frame))
+
+    def _compressed(self, frame: bytes) -> bytes:
+        """Return the frame compressed; it may be given up if it might before."""
+        packed = self._compressor.of(frame)
+        if isinstance(frame, Soft) and packed is not frame:
+            return frame.packed(packed)
+        return packed
+
+    def _joined(self, run: list[bytes]) -> list[bytes]:
+        """Return frames as they are written; those that became one are compressed as one."""
+        if not self.joins:
+            return run
+        return [self._compressed(frame) for frame in frames.join_texts(run)]
+
+    def release(self) -> bool:
+        """See `Outbox.release`."""
+        if self.joins and isinstance(self._held, bytes):
+            self._held = self._compressed(self._held)
+        return super().release()

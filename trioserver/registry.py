@@ -25,6 +25,9 @@ come back:
 So somebody who is too many stays for about a second, or for as long as a lease lasts if one of the
 others was killed. The exceptions: who was let in without Redis stays; and an entry that was lost
 with no trace of an outage is not counted until it is written again (`fleet.REFRESH_SECONDS`).
+
+With the entries and the renewals goes what is written down for the number of users (`users`). Who
+else keeps entries that count with the lives of workers is told of both (`Watcher`).
 """
 
 import itertools
@@ -34,11 +37,12 @@ from typing import Final, Protocol
 
 import trio
 
-from trioserver import fleet, scripting
+from trioserver import fleet, scripting, users
 from trioserver.errors import CloseReason, RedisRefused, RedisUnavailable
 from trioserver.fleet import Card, Doubt, InTheWay, Lease, Lives, Whereabouts
 from trioserver.ledger import Command
 from trioserver.redis_link import RedisLink, Reply
+from trioserver.users import Users
 
 GATHER_SECONDS: Final = 0.02
 """How long comings and goings are gathered: reaching Redis costs 80 us, however many go."""
@@ -62,6 +66,8 @@ PAUSE_FIRST: Final = 0.1
 PAUSE_CAP: Final = 2.0
 
 INFINITY: Final = float("inf")
+
+_LOADS: Final = (*fleet.LOADS, *users.LOADS)
 
 _NO_DOUBT: Final = Doubt()
 """Of those who have just come."""
@@ -108,6 +114,26 @@ class Member(Protocol):
 
     def end(self, reason: CloseReason) -> object:
         """End it; synchronous."""
+
+
+class Watcher(Protocol):
+    """Somebody else whose entries count with the lives of workers. Both are synchronous."""
+
+    def renewed(self, life: str, lives: Lives, *, changed: bool) -> None:
+        """Take note that the lease was renewed.
+
+        Args:
+            life: Whose it is. If it is another one than the last time, none of this worker's
+                entries count, and all are to be written again, under this life.
+            lives: Who lives now.
+            changed: Whether others live now than the last time.
+        """
+
+    def lost(self) -> None:
+        """Take note that Redis may lack what was written, and that `renewed` will say more.
+
+        Nothing is to be written until then. It may be said several times.
+        """
 
 
 class Registry:
@@ -177,9 +203,20 @@ class Registry:
         self._away = False
         """Whether Redis has not answered since the last renewal."""
         self._finished = False
+        self._users = Users(life)
+        self._watchers: list[Watcher] = []
         self._news = trio.Event()
         self._hint = trio.Event()
         self._rng = random.Random()  # noqa: S311 - spreads load, guards nothing
+
+    def watch(self, watcher: Watcher) -> None:
+        """Have somebody told of every renewal and every loss from now on; before `run`."""
+        self._watchers.append(watcher)
+
+    @property
+    def holds(self) -> bool:
+        """Whether entries may be written: the lease is held, as far as is known."""
+        return self._holding
 
     def enter(self, member: Member) -> None:
         """Take note that a connection has come, and belongs to a user. Idempotent until then."""
@@ -195,6 +232,7 @@ class Registry:
             self._again.pop(member, None)
             self._refused.pop(member, None)
             self._gone.append(self._entry(member))
+            self._users.left = True
             if not self._holding or self._stuck:
                 self._bound()
             self._news.set()
@@ -245,7 +283,8 @@ class Registry:
         self._gone, self._stuck, self._present, self._by_id = [], [], {}, {}
         self._new, self._again, self._doubted, self._surprised = {}, {}, {}, {}
         try:
-            await self._run(link, [fleet.renew("", over=[self.life]), self._publish()])
+            last = [fleet.renew("", over=[self.life]), self._publish(), self._users.end()]
+            await self._run(link, last)
             for at in range(0, len(entries), BATCH):
                 await self._run(link, [fleet.leave(*one) for one in entries[at : at + BATCH]])
         except RedisUnavailable as problem:
@@ -275,16 +314,21 @@ class Registry:
         wonder, self._wonder = self._wonder, False
         self._doubted.update(self._surprised)
         self._surprised = {}
-        commands = [fleet.renew(self.life, ends_ms=self._ends_ms, over=over)]
+        now = trio.current_time()
+        commands = [
+            fleet.renew(self.life, ends_ms=self._ends_ms, over=over),
+            self._users.renewed(self._present, len(self._present), now),
+        ]
         if over or wonder:
             commands.append(self._publish())
         told = False
         try:
-            reply, *_ = await self._run(link, commands)
-            if isinstance(reply, RedisRefused):
-                self._log_trouble(str(reply))
-            else:
+            reply, counted, *_ = await self._run(link, commands)
+            self._complain((reply, counted))
+            if not isinstance(reply, RedisRefused):
                 self._renewed(fleet.lease(reply))
+                if counted != 1 and self._present and not (self._again or self._users.is_making):
+                    self._users.lacking()
                 told = True
         except RedisUnavailable as problem:
             self._log_trouble(str(problem))
@@ -297,7 +341,7 @@ class Registry:
         if self._finished:
             return
         self._read_at = trio.current_time()
-        self.lives = lease.lives
+        before, self.lives = self.lives, lease.lives
         if self._ends_ms != fleet.LOST or lease.life != self.life:
             self._ends_ms = lease.ends_ms
         if lease.life != self.life:
@@ -321,6 +365,8 @@ class Registry:
         self._stuck = []
         self._reconsider()
         self._news.set()
+        changed = before.living != self.lives.living
+        self._tell(lambda one: one.renewed(self.life, self.lives, changed=changed))
 
     def _reconsider(self) -> None:
         """Have those asked for once more of whom more is known now."""
@@ -338,6 +384,7 @@ class Registry:
         # They count no more, but others would have to find that out.
         self._gone += [self._entry(one) for one in self._present]
         self.life = life
+        self._users.go_on(life)
         for queue in (self._new, self._doubted, self._surprised):
             self._without_limit(queue)
             queue.clear()
@@ -349,6 +396,14 @@ class Registry:
         self._holding, self._away = False, True
         if self._ends_ms:
             self._ends_ms = fleet.LOST
+        self._tell(lambda one: one.lost())
+
+    def _tell(self, word: Callable[[Watcher], None]) -> None:
+        for watcher in self._watchers:
+            try:
+                word(watcher)
+            except Exception as bug:  # noqa: BLE001 - the lease goes on
+                self._log_bug("telling of leases", bug)
 
     # The entries.
 
@@ -356,12 +411,13 @@ class Registry:
         while not self._finished:
             self._news = trio.Event()
             waiting = bool(self._again) and trio.current_time() >= self._again_at
-            if self._holding and (self._new or self._gone or self._replaced or waiting):
+            due = self._new or self._gone or self._replaced or self._users.is_making
+            if self._holding and (due or waiting):
                 await trio.sleep(GATHER_SECONDS)
                 await self._flush(link)
                 continue
-            due = self._again_at if self._again and self._holding else INFINITY
-            with trio.move_on_at(due):
+            again_at = self._again_at if self._again and self._holding else INFINITY
+            with trio.move_on_at(again_at):
                 await self._news.wait()
 
     async def _flush(self, link: RedisLink) -> None:
@@ -372,17 +428,20 @@ class Registry:
         told, self._replaced = self._replaced, []
         # Nobody is to be in the way who has gone before.
         asked, commands, doubts = ([], [], {}) if self._gone else self._take()
-        settled = 0
+        counts, settled = self._counts(asked), 0
         try:
             goings = [fleet.leave(*one) for one in gone]
             words = [self._publish(entry) for entry in told]
-            replies = await self._run(link, goings + words + commands)
+            replies = await self._run(link, goings + words + commands + counts)
             self._complain(replies)
             self._keep_stuck(gone, replies)
+            if not any(isinstance(one, RedisRefused) for one in replies[-len(counts) :]):
+                counts = []
             gone, ended = [], 0
             if life != self.life:
                 return
-            for member, reply in zip(asked, replies[len(goings + words) :], strict=True):
+            # The replies to `counts` are behind theirs.
+            for member, reply in zip(asked, replies[len(goings + words) :], strict=False):
                 settled += 1
                 if reply.__class__ is int:
                     continue
@@ -397,8 +456,16 @@ class Registry:
             self._hint.set()
         finally:
             # Also if we are being stopped.
+            if counts:
+                self._users.lacking()
             self._gone[:0] = gone
             self._without_limit(one for one in asked[settled:] if one in self._present)
+
+    def _counts(self, asked: list[Member]) -> list[Command]:
+        """Return what is to be said of the users who have come, and of all who are counted."""
+        counts = [self._users.portion()] if self._users.is_making else []
+        # Behind it: the first portion begins with nobody.
+        return [*counts, self._users.came(asked)] if asked else counts
 
     def _keep_stuck(self, gone: list[tuple[str, str]], replies: list[Reply | RedisRefused]) -> None:
         """Keep those for later whom Redis has refused to remove."""
@@ -471,6 +538,7 @@ class Registry:
             return self._make_way(came)
         if came is None or self._present.pop(member, None) is None:
             return False
+        self._users.left = True
         self._by_id.pop(member.connection_id, None)
         self._again.pop(member, None)
         if self._is_too_many(member, came, doubt):
@@ -545,7 +613,7 @@ class Registry:
         return ("PUBLISH", self.channel, payload)
 
     async def _run(self, link: RedisLink, commands: list[Command]) -> list[Reply | RedisRefused]:
-        return await scripting.run(link, commands, loads=lambda: fleet.LOADS)
+        return await scripting.run(link, commands, loads=lambda: _LOADS)
 
 
 async def connections(link: RedisLink, user: str) -> Whereabouts:
@@ -565,6 +633,31 @@ async def connections(link: RedisLink, user: str) -> Whereabouts:
         (page,) = await _ask(link, more)
         where = where.joined(fleet.whereabouts([clock, lives, page]))
     return where
+
+
+async def unique_users(link: RedisLink) -> int | None:
+    """Return how many different users are connected to the whole fleet, about; see `users`.
+
+    Returns:
+        None if no worker has a lease: there is none, or Redis has just come back.
+
+    Raises:
+        RedisUnavailable: No reply.
+        RedisRefused: Redis does not let us look.
+    """
+    (reply,) = await _ask(link, (users.kept(),))
+    known = users.number(reply)
+    if known is not None:
+        return known
+    command = users.counts(await _ask(link, users.lives()))
+    if command is None:
+        return None
+    (counted,) = await link.pipeline((command,))
+    if isinstance(counted, RedisRefused):
+        raise counted
+    known = counted if isinstance(counted, int) else 0
+    await link.pipeline((users.keep(known),))
+    return known
 
 
 async def _ask(link: RedisLink, commands: tuple[Command, ...]) -> list[Reply | RedisRefused]:

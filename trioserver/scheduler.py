@@ -33,7 +33,7 @@ ROUND_SECONDS: Final = 5.0
 BATCH: Final = 50
 """Things that one call does at most: a few milliseconds in which Redis does nothing else."""
 
-_HOMES: Final = (*ledger.PARTITIONS, ledger.EVERYONE)
+_HOMES: Final = (*ledger.PARTITIONS, ledger.EVERYONE, *ledger.TOPIC_PARTITIONS)
 
 
 @attrs.frozen(kw_only=True)

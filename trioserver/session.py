@@ -9,6 +9,9 @@ States
     A session begins in either of the first two, depending on whether the handshake brought a
     credential. Before it is authenticated nothing but ``auth`` is processed.
 
+A chat session (`ChatSession`) may be anonymous: then it has no user and waits for none, and gets
+nothing but answers. On it any text that is no JSON object is a message.
+
 Each message yields exactly one action; after `Close` there are none.
 """
 
@@ -81,13 +84,38 @@ class MarkRead(msgspec.Struct, frozen=True, gc=False):
     ref: str | None
 
 
+class Count(msgspec.Struct, frozen=True, gc=False):
+    """Count this message on the stored chat session, then answer it."""
+
+    payload: msgspec.Raw
+    ref: str | None
+    id: str | None
+
+
+class Ask(msgspec.Struct, frozen=True, gc=False):
+    """Do what it asks of a topic, and answer."""
+
+    message: messages.TopicMessage
+
+
 class Close(msgspec.Struct, frozen=True, gc=False):
     """End the connection."""
 
     reason: CloseReason
 
 
-Action = Send | Answer | SendError | Authenticate | Refresh | Acknowledge | MarkRead | Close
+Action = (
+    Send
+    | Answer
+    | SendError
+    | Authenticate
+    | Refresh
+    | Acknowledge
+    | MarkRead
+    | Count
+    | Ask
+    | Close
+)
 
 
 class Session:
@@ -106,6 +134,19 @@ class Session:
         self.closed = False
         self._strikes: tuple[float, ...] = ()
         """When the latest malformed messages came; at most `MAX_STRIKES`."""
+
+    @property
+    def nameless(self) -> bool:
+        """Whether a credential must come before anything else."""
+        return self.user is None
+
+    @property
+    def payer(self) -> str:
+        """Whose rates count for this connection; empty while that is nobody's."""
+        return self.user or ""
+
+    def needs_user(self) -> None:
+        """Demand a credential of who could do without until now."""
 
     def authenticated(self, user: str) -> None:
         """Enter the authenticated state as ``user``."""
@@ -139,19 +180,33 @@ class Session:
                         )
                     )
                 )
-            return self._other(message)
+            return self._other(message, now, rates)
         except ClientError as error:
             return self._strike(error, now)
 
-    def _other(self, message: messages.ClientMessage) -> Action:
+    def _other(self, message: messages.ClientMessage, now: float, rates: Buckets[str]) -> Action:
         if isinstance(message, messages.Auth):
             if self.user is not None:
                 raise ClientError(
                     "already_authenticated", "this connection has a user already", message.ref
                 )
             return Authenticate(message.token, wish.of_auth(message))
+        if isinstance(message, messages.Ping) and not self.nameless:
+            return Answer(messages.encode(messages.Pong(message.ref)))
         if self.user is None:
-            raise ClientError("unauthenticated", "the first message must be auth", message.ref)
+            raise self._not_for_strangers(message.ref)
+        if isinstance(message, messages.TopicMessage):
+            wait = rates.take(self.user, now) if isinstance(message, messages.Publish) else 0.0
+            return self._too_fast(message.ref, wait, now) if wait else Ask(message)
+        return self._request(message)
+
+    def _not_for_strangers(self, ref: str | None) -> ClientError:
+        return ClientError("unauthenticated", "the first message must be auth", ref)
+
+    def _request(
+        self,
+        message: messages.Message | messages.Ping | messages.Refresh | messages.Ack | messages.Read,
+    ) -> Action:
         if isinstance(message, messages.Refresh):
             return Refresh(message.token, message.ref)
         if isinstance(message, messages.Ack):
@@ -188,3 +243,69 @@ class Session:
         """Enter the closed state, from which nothing returns."""
         self.closed = True
         return Close(reason)
+
+
+class ChatSession(Session):
+    """The protocol state of a connection on a chat path.
+
+    Args:
+        user: Who the handshake's credential named, or None while there is none.
+        stranger: Whose rates count while it has no user and needs none; empty if it needs one.
+    """
+
+    __slots__ = ("_stranger",)
+
+    def __init__(self, user: str | None, stranger: str) -> None:
+        super().__init__(user)
+        self._stranger = stranger
+
+    @property
+    def nameless(self) -> bool:
+        """Whether a credential must come before anything else."""
+        return self.user is None and not self._stranger
+
+    def needs_user(self) -> None:
+        """Demand a credential of who could do without until now."""
+        self._stranger = ""
+
+    @property
+    def payer(self) -> str:
+        """Whose rates count for this connection."""
+        return self.user or self._stranger
+
+    def receive(
+        self,
+        text: bytes,
+        now: float,
+        timestamp: str,  # noqa: ARG002 - the answer comes when the count is stored
+        rates: Buckets[str] = UNLIMITED,
+    ) -> Action | None:
+        """Return what to do about one text message; None once closed. See `Session.receive`."""
+        if self.closed:
+            return None
+        try:
+            message = _decode_leniently(text)
+            payer = self.payer
+            if type(message) is messages.Message and payer:
+                wait = rates.take(payer, now)
+                if wait:
+                    return self._too_fast(message.ref, wait, now)
+                return Count(message.payload, message.ref, message.id)
+            return self._other(message, now, rates)
+        except ClientError as error:
+            return self._strike(error, now)
+
+    def _not_for_strangers(self, ref: str | None) -> ClientError:
+        if self.nameless:
+            return super()._not_for_strangers(ref)
+        return ClientError("forbidden", "only who has a token may ask for this", ref)
+
+
+def _decode_leniently(text: bytes) -> messages.ClientMessage:
+    """Return a message; text that is no JSON object is the payload of one."""
+    try:
+        return messages.decode(text)
+    except ClientError as error:
+        if error.code != "bad_json":
+            raise
+    return messages.Message(msgspec.Raw(messages.encode(text.decode())))

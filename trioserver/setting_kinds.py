@@ -16,6 +16,8 @@ import attrs
 
 from trioserver.origins import origin_list
 from trioserver.peers import proxy_list
+from trioserver.slow_policies import policy_list
+from trioserver.topics import pattern_list, show_list
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -248,5 +250,7 @@ ALGORITHMS = Kind(parse=_algorithms, show=",".join)
 API_KEYS = Kind(parse=_api_keys, show=",".join)
 PROXIES = Kind(parse=proxy_list, show=",".join)
 ORIGINS = Kind(parse=origin_list, show=",".join)
+TOPIC_PATTERNS = Kind(parse=pattern_list, show=show_list)
+SLOW_CONSUMERS = Kind(parse=policy_list, show=",".join)
 REDIS_URL = Kind(parse=_redis_url, show=mask_url)
 USER_CHANNEL = Kind(parse=_user_channel)

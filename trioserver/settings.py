@@ -35,7 +35,9 @@ from trioserver.setting_kinds import (
     PROXIES,
     REDIS_URL,
     SIZE,
+    SLOW_CONSUMERS,
     TEXT,
+    TOPIC_PATTERNS,
     USER_CHANNEL,
     choice,
     count,
@@ -73,6 +75,8 @@ PROCESSES = "Processes and files"
 REDIS = "Redis"
 CHANNELS = "Channels"
 NOTIFICATIONS = "Notifications"
+TOPICS = "Topics"
+CHAT = "Chat sessions"
 TOKENS = "Tokens"
 API = "API"
 CONNECTIONS = "Connections"
@@ -341,6 +345,78 @@ class Settings:
         "by commas; the word forwarded among them reads Forwarded instead. Of everybody else "
         "the address of the connection counts.",
         example="10.0.0.0/8,2001:db8::/32",
+    )
+    public_topics: tuple[str, ...] = setting(
+        TOPICS,
+        TOPIC_PATTERNS,
+        (),
+        "Topics that everybody with a token may subscribe to, beside those in the claim topics of "
+        "his token. Patterns, separated by commas: * stands for anything but . : and /, ** for "
+        "anything.",
+        example="news.**,status",
+    )
+    durable_topics: tuple[str, ...] = setting(
+        TOPICS,
+        TOPIC_PATTERNS,
+        (),
+        "Topics whose latest notifications are kept, so that clients may go on where they stopped. "
+        "Patterns, as in PUBLIC_TOPICS; all others are live only.",
+        example="news.**,room.*",
+    )
+    topic_history_length: int = setting(
+        TOPICS,
+        count(low=1, high=100_000),
+        100,
+        "Notifications that are kept of one durable topic.",
+    )
+    topic_history_ttl: float = setting(
+        TOPICS,
+        duration(low=1, high=30 * DAY_SECONDS),
+        3600.0,
+        "How long a notification of a durable topic is kept.",
+    )
+    max_topics_per_connection: int = setting(
+        TOPICS,
+        count(high=10_000),
+        100,
+        "Topics of one connection; one more is refused (too_many_topics). 0 is no limit.",
+    )
+    presence_topics: tuple[str, ...] = setting(
+        TOPICS,
+        TOPIC_PATTERNS,
+        ("**",),
+        "Topics of which it is kept who is subscribed, for lists and counts. Patterns, as in "
+        "PUBLIC_TOPICS.",
+        example="room.*",
+    )
+    announced_topics: tuple[str, ...] = setting(
+        TOPICS,
+        TOPIC_PATTERNS,
+        (),
+        "Of PRESENCE_TOPICS, those whose subscribers are told when a user comes or goes. Each "
+        "coming is a message to all who are there.",
+        example="room.*",
+    )
+    slow_consumers: tuple[str, ...] = setting(
+        TOPICS,
+        SLOW_CONSUMERS,
+        (),
+        "What becomes of clients that do not keep up, where it is not the end of the connection "
+        "(4410): topic:<pattern>, type:<type>, inbox or broadcast, then = and drop_oldest, "
+        "conflate, spill or disconnect, separated by commas; the first that fits counts.",
+        example="topic:ticker.**=conflate,type:cursor=drop_oldest,inbox=spill",
+    )
+    session_ttl: float = setting(
+        CHAT,
+        duration(low=1, high=30 * DAY_SECONDS),
+        3600.0,
+        "How long a chat session and its count live without a connection.",
+    )
+    chat_anonymous: bool = setting(
+        CHAT,
+        BOOLEAN,
+        True,
+        "Whether clients without a token may open chat sessions. They get nothing but answers.",
     )
     ws_deflate: bool = setting(
         CONNECTIONS,

@@ -14,6 +14,11 @@ from trioserver.errors import SettingsError
 from trioserver.jwks_url import Target
 from trioserver.setting_kinds import DURATION, HMAC_KEY_BYTES, quoted
 from trioserver.settings import Settings, all_settings
+from trioserver.slow_policies import Policies
+from trioserver.topics import Patterns
+
+_OUR_CHANNELS = ("topic:", "chat:", "canary:")
+"""How channels begin that are neither users' nor everyone's."""
 
 
 def conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:
@@ -70,6 +75,35 @@ def without_effect(settings: Settings, given: Mapping[str, str]) -> Iterator[str
         )
     if settings.tls_cert is not None and settings.tls_key is not None:
         yield from certificate.concerns(settings.tls_cert, settings.tls_key)
+    yield from _topics_without_effect(settings)
+
+
+def _topics_without_effect(settings: Settings) -> Iterator[str]:
+    durable = Patterns.of(settings.durable_topics)
+    for concern in Policies.of(settings.slow_consumers).concerns(durable):
+        yield f"SLOW_CONSUMERS: {concern}"
+    kept = Patterns.of(settings.presence_topics)
+    for announced in settings.announced_topics:
+        if _have_nothing_in_common(announced, kept):
+            yield (
+                f"ANNOUNCED_TOPICS: {announced} has no effect, because none of these topics is in"
+                " PRESENCE_TOPICS"
+            )
+
+
+def _have_nothing_in_common(pattern: str, others: Patterns) -> bool:
+    """Return whether no topic is meant by both, as far as that is easily told."""
+    before, star, _ = pattern.partition("*")
+    if not star:
+        return not others.matches(pattern)
+    one = Patterns.of((pattern,))
+    for other in others.texts:
+        beginning, star, _ = other.partition("*")
+        if not star and one.matches(other):
+            return False
+        if star and (beginning.startswith(before) or before.startswith(beginning)):
+            return False
+    return True
 
 
 def _port_conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:
@@ -116,6 +150,15 @@ def _channel_conflicts(settings: Settings) -> Iterator[tuple[str, str, str | Non
         changed = settings.user_channel != all_settings()["user_channel"].default
         name = "user_channel" if changed else "broadcast_channel"
         yield name, f"BROADCAST_CHANNEL {quoted(everyone)} would belong to a user", None
+    for ours in _OUR_CHANNELS:
+        # Else what is published to a topic would reach a user, or the other way round.
+        if before.startswith(ours) or ours.startswith(before):
+            problem = (
+                f"{quoted(settings.user_channel)} could name a channel that begins with {ours}"
+            )
+            yield "user_channel", problem, "user_noti:{user}"
+        if everyone.startswith(ours):
+            yield "broadcast_channel", f"{quoted(everyone)} begins with {ours}", None
 
 
 def _token_conflicts(settings: Settings) -> Iterator[tuple[str, str, str | None]]:

@@ -15,16 +15,19 @@ from trioserver.envelope import Entry
 from trioserver.errors import AuthError, CloseReason
 from trioserver.hub import Hub
 from trioserver.ledger import Command, Page, Rules
-from trioserver.outbox import OutboxLimits
+from trioserver.outbox import Outbox, OutboxLimits
 from trioserver.pump import Pump
 from trioserver.receipts import Receipts
 from trioserver.revocation import Revoked
 from trioserver.session import UNLIMITED
+from trioserver.slow_policies import Policies
 from trioserver.tally import Tally
 from trioserver.track import Track
 
 if TYPE_CHECKING:
+    from trioserver.chats import Chats
     from trioserver.connection import Connection
+    from trioserver.desk import Desk
 
 JITTER: Final = 0.1
 """Pings and heartbeats come at their interval ± this share, so that they spread out."""
@@ -127,6 +130,14 @@ class Shared:
     revoked: Revoked = attrs.field(factory=Revoked)
     board: Board = attrs.field(factory=lambda: Board.alone(UNLIMITED_BOARD))
     registry: Registered
+    chats: "Chats"
+    """Counts messages on chat sessions."""
+    chat_anonymous: bool = True
+    """Whether chat sessions may have no user."""
+    desk: "Desk"
+    """What the topics of all connections share."""
+    policies: Policies = attrs.field(factory=Policies)
+    """What becomes of those who do not keep up."""
     rates: Buckets[str] = UNLIMITED
     """How many messages a user may send."""
     requests: Buckets[str] = UNLIMITED
@@ -142,8 +153,12 @@ class Shared:
     log_bug: Callable[[str, BaseException], None]
     """Called with what was being done and the bug."""
     log_end: Callable[["Connection", CloseReason], None]
+    log_claim: Callable[[str], None] = lambda _: None
+    """Called with what is wrong with the claim ``topics`` of a good token; limits its own rate."""
     connections: "set[Connection]" = attrs.field(factory=set)
     """Those that have begun and are not released."""
+    excluding: dict[str, Outbox] = attrs.field(factory=dict)
+    """Of connections that have published something which they do not want back, by their ids."""
     blocked: "set[Connection]" = attrs.field(factory=set)
     """Connections whose outbox waits for the socket: usually few or none."""
     compressor: Compressor | None = None
@@ -155,6 +170,8 @@ class Shared:
 
     def verify(self, token: str) -> Claims:
         """Return the claims of a token that is good and not revoked; counts what came of it.
+
+        If its claim ``topics`` is not understood, the log is told: nobody else would notice.
 
         Raises:
             AuthError: It is not.
@@ -169,6 +186,8 @@ class Shared:
             auth["revoked"] += 1
             raise AuthError("the token has been revoked", outcome="revoked")
         auth["ok"] += 1
+        if claims.topics.problem:
+            self.log_claim(claims.topics.problem)
         return claims
 
     def cut_largest(self) -> None:

@@ -223,6 +223,7 @@ class Subscription:
         linger: Seconds for which a released channel stays subscribed.
         silence: Seconds without a byte from Redis after which the link is given up.
         jitter: Source of the pauses between attempts; seed it for a repeatable run.
+        turn_over: Called when others are about to have their turn, after messages. Must not raise.
     """
 
     def __init__(
@@ -235,12 +236,14 @@ class Subscription:
         linger: float = LINGER_SECONDS,
         silence: float = SILENCE_SECONDS,
         jitter: random.Random | None = None,
+        turn_over: Callable[[], None] = lambda: None,
     ) -> None:
         self.up = False
         """Whether everything that was followed when the link came is confirmed on it."""
         self._endpoint = endpoint
         self._deliver = deliver
         self._on_change = on_change
+        self._turn_over = turn_over
         self._client_name = client_name
         self._silence = silence
         self._retry_cap = RETRY_CAP if endpoint.path is None else RETRY_CAP_LOCAL
@@ -410,21 +413,27 @@ class Subscription:
         gets = link.reader.gets
         deliver = self._deliver
         left = MESSAGES_PER_TURN
-        while (reply := gets()) is not _NOTHING:
-            if isinstance(reply, list) and len(reply) == 3 and reply[0] == MESSAGE:  # noqa: PLR2004
-                self._messages += 1
-                try:
-                    waiting = deliver(reply[1], reply[2])
-                    if waiting is not None:
-                        await waiting
-                except Exception:  # noqa: BLE001 - reported there; the next message is not to blame
-                    self._deliver_failed()
-            elif (meaning := interpret(reply)) is not None:
-                self._take(link, meaning)
-            left -= 1
-            if not left:
-                left = MESSAGES_PER_TURN
-                await trio.lowlevel.checkpoint()
+        try:
+            while (reply := gets()) is not _NOTHING:
+                if isinstance(reply, list) and len(reply) == 3 and reply[0] == MESSAGE:  # noqa: PLR2004
+                    self._messages += 1
+                    try:
+                        waiting = deliver(reply[1], reply[2])
+                        if waiting is not None:
+                            self._turn_over()
+                            await waiting
+                    except Exception:  # noqa: BLE001 - reported there; the next is not to blame
+                        self._deliver_failed()
+                elif (meaning := interpret(reply)) is not None:
+                    self._take(link, meaning)
+                left -= 1
+                if not left:
+                    left = MESSAGES_PER_TURN
+                    self._turn_over()
+                    await trio.lowlevel.checkpoint()
+        finally:
+            # Also behind a fault: what came before it was good, and the next link may be far off.
+            self._turn_over()
 
     def _take(self, link: _Link, meaning: Confirmation | Pong) -> None:
         """Take what is no message."""

@@ -25,6 +25,8 @@ ERROR_CODES: Final = (
     "rate_limited",
     "invalid_token",
     "unavailable",
+    "forbidden",
+    "too_many_topics",
     OTHER,
 )
 """Values of ``code`` in the ``error`` message, as labels."""
@@ -50,6 +52,10 @@ DELIVERY_SOURCES: Final = ("ephemeral", "live", "backlog")
 
 GAP_REASONS: Final = ("trimmed", "expired", "epoch", "failover", OTHER)
 """Why something was lost to a client."""
+
+SLOW_OUTCOMES: Final = ("disconnect", "drop_oldest", "conflate", "spill")
+"""What becomes of clients that do not keep up: connections ended, notifications dropped or replaced
+by a newer one, times a stream was left in the ledger for a while."""
 
 HTTP_PATHS: Final = (
     *("/", "/healthz", "/readyz", "/health", "/metrics"),
@@ -173,6 +179,21 @@ class Tally:
 
     schedule_failures: int = 0
     """Rounds of the scheduler in which not every partition was served."""
+
+    chat_sessions: int = 0
+    """Connections on chat paths that are open now."""
+
+    chat_messages: int = 0
+    """Messages counted on chat sessions, and answered."""
+
+    topic_subscriptions: int = 0
+    """Topics that connections are subscribed to now, each once per connection."""
+
+    topic_publishes: int = 0
+    """What clients have asked to be published to topics."""
+
+    slow_consumers: dict[str, int] = attrs.field(factory=lambda: _zeros(SLOW_OUTCOMES))
+    """What clients did without that did not keep up, by policy."""
 
     receipts_dropped: int = 0
     """Reports to the ledger that were given up because too many waited."""

@@ -27,22 +27,25 @@ from typing import Final, NoReturn
 import attrs
 import trio
 
-from trioserver import certificate, child, health, key_keeping, logs
+from trioserver import certificate, child, health, herald, key_keeping, logs
+from trioserver.attendance import Attendance
 from trioserver.auth import Verifier
 from trioserver.board import Board, Limits
 from trioserver.board_map import BoardError
 from trioserver.buckets import Buckets, Rate
 from trioserver.canary import Canary
+from trioserver.chats import Chats
 from trioserver.connection import Connection
 from trioserver.deflate import Compressor
 from trioserver.delivery import Delivery
+from trioserver.desk import Desk
 from trioserver.drain import drain
 from trioserver.endpoint import endpoint
 from trioserver.envelope import Entry
 from trioserver.errors import CloseReason
 from trioserver.handshake import Refusal
 from trioserver.hub import Hub
-from trioserver.ledger import Rules
+from trioserver.ledger import Rules, TopicRules
 from trioserver.lifeline import Lifeline
 from trioserver.listener import Listener
 from trioserver.metrics import Exporter, Tally
@@ -53,15 +56,18 @@ from trioserver.pump import Door, Pump
 from trioserver.rate_limit import RateLimited
 from trioserver.reader import Reader
 from trioserver.receipts import Receipts
-from trioserver.redis_link import open_link
+from trioserver.redis_link import RedisLink, open_link
 from trioserver.registry import Registry
 from trioserver.revocation import Revoked
 from trioserver.revocation_watch import RevocationWatch, end_covered
 from trioserver.settings import Settings
 from trioserver.shared import Pace, Shared
+from trioserver.slow_policies import Policies, Policy
+from trioserver.speaker import Speaker
 from trioserver.statedir import StateDir
 from trioserver.status import BOARD_FD, CONTROL_FD, LISTEN_FD, Beat, Drain
 from trioserver.subscription import Subscription
+from trioserver.topics import Patterns
 from trioserver.track import Track
 
 FULL_SHARE: Final = 0.95
@@ -171,6 +177,8 @@ class Worker:
         self._started_at = time.monotonic()
         self._draining = False
         self._beaten = (False, "")
+        self._refused = 0
+        """Of the chat messages that were refused, those that are in the tally."""
         self.tally = Tally()
         self.pump = Pump(lambda bug: self._log_bug("pump", bug))
         hub = Hub()
@@ -178,41 +186,20 @@ class Worker:
         user_channel = prefix + settings.user_channel
         broadcast = (prefix + settings.broadcast_channel).encode()
         head: Track[Entry] = Track()
-        self._delivery = Delivery(
-            hub=hub,
-            head=head,
-            tally=self.tally,
-            broadcast_topic=broadcast,
-            max_payload=settings.notification_max_size,
-            log_malformed=self._log_malformed,
-        )
+        self._delivery = delivery = self._make_delivery(hub, head, broadcast)
         state = StateDir(settings.data_dir)
         target = endpoint(settings, state.redis_socket)
         self._target = target
         self._client_name = f"trioserver-{identity.unique}"
         self._subscription = Subscription(
-            target, self._receive, self._link_changed, client_name=self._client_name
+            target,
+            self._receive,
+            self._link_changed,
+            client_name=self._client_name,
+            turn_over=delivery.turn_over,
         )
         self._subscription.follow(broadcast)
-        self._revoked = Revoked()
-        self._watch = RevocationWatch(
-            self._revoked,
-            self._end_revoked,
-            lambda problem: self._log_quietly("revocations cannot be read", problem),
-            prefix=prefix,
-            on_change=self._changed,
-        )
-        self._subscription.follow(self._watch.channel)
-        self._registry = Registry(
-            identity.unique,
-            identity.after,
-            settings.max_connections_per_user,
-            prefix=prefix,
-            log_bug=self._log_bug,
-            log_trouble=lambda problem: self._log_quietly("the register is not kept", problem),
-        )
-        self._subscription.follow(self._registry.channel)
-        self._hints = frozenset({self._watch.channel, self._registry.channel})
+        self._join_fleet(settings, identity)
         self._keyring = key_keeping.keyring_of(settings)
         self._has_key = settings.jwt_public_key_file is not None
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -235,6 +222,10 @@ class Worker:
             revoked=self._revoked,
             board=board,
             registry=self._registry,
+            chats=self._chats,
+            chat_anonymous=settings.chat_anonymous,
+            desk=self._desk,
+            policies=delivery.policies,
             rates=message_rates(settings),
             requests=message_rates(settings, weight=REQUESTS_PER_MESSAGE),
             tally=self.tally,
@@ -252,6 +243,8 @@ class Worker:
                 max_bytes=settings.outbox_max_bytes,
                 max_frames=settings.outbox_max_frames,
                 budget=Budget(settings.outbox_budget_bytes),
+                turn=delivery.turn,
+                on_given_up=self._given_up,
             ),
             max_message=settings.ws_max_message_size,
             user_topic=lambda user: f"{before}{user}{after}".encode(),
@@ -260,8 +253,10 @@ class Worker:
             compressor=Compressor() if settings.ws_deflate else None,
             log_bug=self._log_bug,
             log_end=self._log_end,
+            log_claim=lambda problem: self._log_quietly("a token grants no topics", problem),
         )
         shared.outbox_limits.budget.on_exceeded = shared.cut_largest
+        delivery.outbox_of = shared.excluding.get
         self._listener = Listener(
             shared=shared,
             worker_id=identity.unique,
@@ -295,6 +290,81 @@ class Worker:
         """Set when the subscription is up again."""
         self._last_reports = trio.Event()
         """Set when nobody is connected any more."""
+
+    def _join_fleet(self, settings: Settings, identity: Identity) -> None:
+        """Make what this worker shares with all others through Redis, and follow its channels."""
+        prefix = settings.channel_prefix
+        self._revoked = Revoked()
+        self._watch = RevocationWatch(
+            self._revoked,
+            self._end_revoked,
+            lambda problem: self._log_quietly("revocations cannot be read", problem),
+            prefix=prefix,
+            on_change=self._changed,
+        )
+        self._registry = Registry(
+            identity.unique,
+            identity.after,
+            settings.max_connections_per_user,
+            prefix=prefix,
+            log_bug=self._log_bug,
+            log_trouble=lambda problem: self._log_quietly("the register is not kept", problem),
+        )
+        self._chats = Chats(
+            life=identity.unique,
+            ttl=settings.session_ttl,
+            prefix=prefix,
+            log_bug=self._log_bug,
+            log_trouble=lambda problem: self._log_quietly("counts cannot be stored", problem),
+        )
+        self._desk = self._open_desk(settings)
+        self._hints = frozenset({self._watch.channel, self._registry.channel, self._chats.channel})
+        for channel in self._hints:
+            self._subscription.follow(channel)
+
+    def _make_delivery(self, hub: Hub, head: Track[Entry], broadcast: bytes) -> Delivery:
+        settings = self._settings
+        return Delivery(
+            hub=hub,
+            head=head,
+            policies=Policies.of(settings.slow_consumers),
+            tally=self.tally,
+            broadcast_topic=broadcast,
+            topic_prefix=f"{settings.channel_prefix}topic:".encode(),
+            max_payload=settings.notification_max_size,
+            log_malformed=self._log_malformed,
+        )
+
+    def _open_desk(self, settings: Settings) -> Desk:
+        """Return what the topics of all connections share."""
+        rules = TopicRules.of(settings)
+        self._attendance = Attendance(
+            prefix=settings.channel_prefix,
+            announced=Patterns.of(settings.announced_topics),
+            give_up=self._registry.link_lost,
+            log_bug=self._log_bug,
+            log_trouble=lambda problem: self._log_quietly("presence is not kept", problem),
+        )
+        self._registry.watch(self._attendance)
+        self._speaker = Speaker(
+            rules,
+            prefix=settings.channel_prefix,
+            log_bug=self._log_bug,
+            log_trouble=lambda problem: self._log_quietly("clients cannot publish", problem),
+        )
+        return Desk(
+            prefix=settings.channel_prefix,
+            rules=rules,
+            public=Patterns.of(settings.public_topics),
+            max_topics=settings.max_topics_per_connection,
+            presence=Patterns.of(settings.presence_topics),
+            speaker=self._speaker,
+            attendance=self._attendance,
+        )
+
+    def _given_up(self, policy: Policy, count: int) -> None:
+        """Count what slow clients did without."""
+        self.tally.slow_consumers[policy.value] += count
 
     async def run(self) -> None:
         """Serve until told to drain, then drain; returns when the last connection is gone."""
@@ -357,15 +427,30 @@ class Worker:
             nursery.start_soon(self._receipts.run, link)
             nursery.start_soon(self._watch.run, link)
             nursery.start_soon(self._registry.run, link)
+            nursery.start_soon(self._chats.run, link)
+            nursery.start_soon(self._speaker.run, link)
+            nursery.start_soon(self._attendance.run, link)
             nursery.start_soon(self._catch_up)
+            nursery.start_soon(self._say_what_is_kept, link)
             await self._last_reports.wait()
             with trio.move_on_after(LAST_REPORTS_SECONDS):
                 async with trio.open_nursery() as last:
                     # Neither waits for the other: a slow Redis may cost us one of them only.
+                    last.start_soon(self._chats.finish, link)
+                    last.start_soon(self._speaker.finish, link)
+                    last.start_soon(self._attendance.finish, link)
                     last.start_soon(self._registry.finish, link)
                     last.start_soon(self._receipts.finish, link)
             reported.set()
             nursery.cancel_scope.cancel()
+
+    async def _say_what_is_kept(self, link: RedisLink) -> None:
+        await herald.keep_saying(
+            link,
+            self._desk.rules,
+            is_over=lambda: self._draining,
+            log_trouble=lambda problem: self._log_quietly("publishers cannot be told", problem),
+        )
 
     def _link_changed(self) -> None:
         head = self._shared.head
@@ -379,6 +464,7 @@ class Worker:
             self._registry.hinted()
         else:
             self._registry.link_lost()
+            self._chats.link_lost()
         if self._canary is not None:
             self._canary.link_changed()
         self._changed()
@@ -405,6 +491,8 @@ class Worker:
             return self._delivery.receive(channel, payload)
         elif channel == self._registry.channel:
             self._registry.hinted(payload)
+        elif channel == self._chats.channel:
+            self._chats.hinted(payload)
         else:
             self._watch.hint()
         return None
@@ -488,6 +576,9 @@ class Worker:
         """Bring the tally up to the second, and readiness that depends on nothing but time."""
         tally = self.tally
         tally.outbox_bytes = sum([one.waiting_bytes for one in self._shared.blocked])
+        tally.chat_messages = self._chats.counted
+        tally.errors["unavailable"] += self._chats.refused - self._refused
+        self._refused = self._chats.refused
         tally.redis_reconnects = max(0, self._subscription.statistics().links - 1)
         if self._canary is not None:
             age = self._canary.age(now)

@@ -4,7 +4,18 @@ from collections.abc import Mapping
 from typing import Final
 
 from bench.scenario import Scenario
-from bench.scenarios import connect, durable, echo, fanout, idle, latency, unicast
+from bench.scenarios import (
+    chat,
+    chat_latency,
+    connect,
+    durable,
+    echo,
+    fanout,
+    idle,
+    latency,
+    topic,
+    unicast,
+)
 
 SCENARIOS: Final[Mapping[str, Scenario]] = {
     one.name: one
@@ -12,10 +23,13 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
         idle.SCENARIO,
         connect.SCENARIO,
         fanout.SCENARIO,
+        topic.SCENARIO,
         unicast.SCENARIO,
         durable.SCENARIO,
         echo.SCENARIO,
+        chat.SCENARIO,
         latency.SCENARIO,
+        chat_latency.SCENARIO,
     )
 }
 """By name, in the order in which they are told."""

@@ -25,7 +25,7 @@ def measure(stage: Stage, plan: Plan, connections: tuple[int, ...]) -> Repetitio
     template = backend.template()
     backend.make_known(stage.redis_port)
     stage.open(count, plan)
-    users = sum(reply.greeted for reply in stage.client.replies)
+    users = stage.connected
     stage.client.durable(plan.warming(messages), plan.size, plan.window, template)
     _wait_for_receipts(stage, users)
     first, missing, waited = len(stage.client.replies), 0, 0.0
@@ -43,7 +43,8 @@ def measure(stage: Stage, plan: Plan, connections: tuple[int, ...]) -> Repetitio
         "receipts_ms": waited * 1000,
         "pings_each": pings / max(1, timed.reply.units),
     }
-    return stage.repetition(timed, figures, unconfirmed=missing)
+    trouble = f"receipts of {missing} users are missing" if missing else ""
+    return stage.repetition(timed, figures, failures=missing, trouble=trouble)
 
 
 def _wait_for_receipts(stage: Stage, users: int) -> tuple[int, float]:

@@ -22,6 +22,6 @@ SCENARIO: Final = Scenario(
     about="CPU per delivery of a broadcast, µs",
     headline="cpu_us",
     goal=1.1,
-    connections=(2_000, 5_000),
+    connections=(2_000, 5_000, 10_000),
     measure=measure,
 )

@@ -31,11 +31,12 @@ def measure(stage: Stage, plan: Plan, connections: tuple[int, ...]) -> Repetitio
         return reply
 
     timed = stage.timed(command)
-    figures = _figures(latency) | {"publisher_late_p99_ms": percentile(late, 0.99) / 1e6}
+    figures = percentiles(latency) | {"publisher_late_p99_ms": percentile(late, 0.99) / 1e6}
     return stage.repetition(timed, figures | timed.figures())
 
 
-def _figures(latency: Sequence[int]) -> dict[str, float]:
+def percentiles(latency: Sequence[int]) -> dict[str, float]:
+    """Return what is said of the latencies of an open loop, in ms; -1 is what never came."""
     arrived = sorted(one for one in latency if one >= 0)
     figures = {name: percentile(arrived, share) / 1e6 for name, share in PERCENTILES.items()}
     return {**figures, "max_ms": max(arrived, default=0) / 1e6}

@@ -19,6 +19,16 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return client.program(tmp_path_factory.mktemp("client"), kind)
 
 
+TOPIC = "bench:tests"
+"""What the tokens of `joining` join."""
+
+
+@pytest.fixture(scope="session")
+def joining(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the tokens of the same users that join a topic."""
+    return bench_tokens.write(tmp_path_factory.mktemp("tokens") / "tokens", 40, (TOPIC,))
+
+
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the tokens of forty users."""

@@ -4,7 +4,7 @@
 
 What is published to the channel ``faults`` is the list of faults from then on, as JSON. A fault
 strikes one number in ten: see `Faulty.deliver`. What the ledger publishes is delivered, too, in the
-product's form.
+product's form, and so is what is published to a topic that a token joins.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from http import HTTPStatus
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import hiredis
@@ -25,10 +26,21 @@ from websockets.http11 import Request, Response
 SECRET = "bench-secret-bench-secret-bench-secret"
 
 
-def user_of(path: str) -> str:
-    """Return whose token is in the query."""
+PATHS = {"/ws", "/ws/chat/"}
+
+
+def claims_of(path: str) -> dict[str, Any]:
+    """Return what the token in the query says."""
     token = parse_qs(urlsplit(path).query)["token"][0]
-    return str(jwt.decode(token, SECRET, algorithms=["HS256"])["sub"])
+    claims: dict[str, Any] = jwt.decode(token, SECRET, algorithms=["HS256"])
+    return claims
+
+
+def topical(topic: str, data: bytes) -> str:
+    """Return the frame of a notification of a topic."""
+    published = msgspec.json.decode(data)
+    frame = {"type": published["type"], "topic": topic, "payload": published["payload"]}
+    return msgspec.json.encode(frame).decode()
 
 
 def durable(envelope: bytes) -> str:
@@ -44,7 +56,15 @@ def durable(envelope: bytes) -> str:
     return msgspec.json.encode(frame).decode()
 
 
-FAULTS = {3: "lost", 4: "misnumbered", 5: "doubled", 6: "closed", 7: "reordered", 9: "stray"}
+FAULTS = {
+    3: "lost",
+    4: "misnumbered",
+    5: "doubled",
+    6: "closed",
+    7: "reordered",
+    8: "elsewhere",
+    9: "stray",
+}
 
 
 class Faulty:
@@ -53,12 +73,15 @@ class Faulty:
     def __init__(self) -> None:
         self.faults: set[str] = set()
         self.connections: dict[str, ServerConnection] = {}
+        self.joined: dict[str, list[str]] = {}
         self.held: str | None = None
 
     def refuse(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Refuse bad tokens."""
+        """Refuse bad tokens, and paths that are nowhere."""
+        if urlsplit(request.path).path not in PATHS:
+            return connection.respond(HTTPStatus.NOT_FOUND, "nowhere")
         try:
-            user_of(request.path)
+            claims_of(request.path)
         except jwt.PyJWTError:
             return connection.respond(HTTPStatus.UNAUTHORIZED, "no")
         return None
@@ -66,10 +89,15 @@ class Faulty:
     async def serve(self, connection: ServerConnection) -> None:
         """Answer one client."""
         assert connection.request is not None
-        user = user_of(connection.request.path)
+        claims = claims_of(connection.request.path)
+        user = claims["sub"]
         self.connections[user] = connection
+        self.joined[user] = claims.get("topics", {}).get("join", [])
         count = 0
         with contextlib.suppress(ConnectionClosed):
+            for topic in self.joined[user]:
+                said = msgspec.json.encode({"type": "subscribed", "topic": topic})
+                await connection.send(said.decode())
             async for _ in connection:
                 count += 1
                 answer = msgspec.json.encode({"type": "message_response", "count": count})
@@ -82,9 +110,13 @@ class Faulty:
             self.faults = set(msgspec.json.decode(data))
             return
         text = durable(data) if data.startswith(b"\x01n") else data.decode()
+        topic = channel.decode().removeprefix("topic:")
+        if channel.startswith(b"topic:"):
+            text = topical(topic, data)
         number = msgspec.json.decode(text)["payload"]["n"]
         for user, connection in list(self.connections.items()):
-            if channel in {b"channels:broadcast", f"user_noti:{user}".encode()}:
+            ours = {"channels:broadcast", f"user_noti:{user}", *self.joined[user]}
+            if topic in ours:
                 with contextlib.suppress(ConnectionClosed):
                     await self.deliver(connection, number, text)
 
@@ -106,6 +138,8 @@ class Faulty:
                 await connection.send('{"type":"surprise"}')
             case "misnumbered":
                 text = text.replace('"seq":', '"seq":1')
+            case "elsewhere":
+                text = text.replace('"topic":"', '"topic":"not-')
         await connection.send(text)
         if fault == "doubled":
             await connection.send(text)
@@ -118,7 +152,7 @@ async def work(port: int, redis_port: int) -> None:
     """Serve until killed."""
     faulty = Faulty()
     reader, writer = await asyncio.open_connection("127.0.0.1", redis_port)
-    writer.write(b"PSUBSCRIBE user_noti:*\r\nSUBSCRIBE channels:broadcast faults\r\n")
+    writer.write(b"PSUBSCRIBE user_noti:* topic:*\r\nSUBSCRIBE channels:broadcast faults\r\n")
     parser = hiredis.Reader(notEnoughData=Ellipsis)
     async with serve(faulty.serve, "127.0.0.1", port, process_request=faulty.refuse):
         while data := await reader.read(65536):

@@ -58,6 +58,15 @@ def test_unconfirmed(redis: Redis) -> None:
     assert [0, 0, 0, 1, 2, 2] == [backend.unconfirmed(redis.port, users) for users in range(6)]
 
 
+def test_chat_counts(redis: Redis) -> None:
+    """The count of every chat session is found, and of nothing else."""
+    assert {} == backend.chat_counts(redis.port)
+    for name, field in (("{one}", "n"), ("{two}", "n"), ("{broken}", "o")):
+        backend.ask(redis.port, [("HSET", f"ts:session:{name}", field, "7")])
+
+    assert {b"ts:session:{one}": 7, b"ts:session:{two}": 7} == backend.chat_counts(redis.port)
+
+
 def test_errors(redis: Redis) -> None:
     """What Redis does not do, or nobody is there to do, is an expected error."""
     with pytest.raises(BenchError, match="WRONGTYPE"):

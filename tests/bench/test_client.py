@@ -14,6 +14,7 @@ import pytest
 from bench import backend, client, servers
 from bench.client import BenchError, Client, Program, Reply
 from bench.servers import Other, Redis, Serving
+from tests.bench.conftest import TOPIC
 from trioserver import ledger
 from trioserver.resp import pack
 
@@ -86,12 +87,56 @@ def test_all_is_well(start: Start) -> None:
         client.unicast(33, 200, 10),
         client.echo(6),
         client.latency(50, 1000, 200)[0],
+        client.paced(37, 2000)[0],
+        client.echo(2),
         client.fanout(1, 60_000),
         client.counts(),
     ]
 
-    assert [35, 33, 42, 50, 7, 0] == [reply.units for reply in replies]
+    assert [35, 33, 42, 50, 37, 14, 7, 0] == [reply.units for reply in replies]
     assert {} == counts(*replies)
+
+
+def test_topic(start: Start, joining: Path) -> None:
+    """What is published to a topic is counted for each connection that has joined it."""
+    client = start(connections=7, tokens=joining)
+
+    replies = [client.fanout(5, 200, TOPIC), client.fanout(3, 200), client.counts()]
+
+    assert [35, 21, 0] == [reply.units for reply in replies]
+    assert {} == counts(*replies)
+
+
+def test_topic_faults(start: Start, joining: Path) -> None:
+    """A notification that says it is of another topic is a failure; the rest as ever."""
+    client = start("elsewhere", "doubled", connections=2, tokens=joining)
+
+    replies = [client.fanout(10, 200, TOPIC), client.counts()]
+
+    assert 20 == replies[0].units
+    assert {"doubled": 2, "failed": 2} == counts(*replies)
+    assert "not of this topic" in replies[0].trouble
+
+
+def test_joining(start: Start, tokens: Path, joining: Path) -> None:
+    """Whoever is to join is waited for, and who does not has lost something."""
+    joined = start(tokens=joining).open(3, 2, greets=False, joins=True)
+    missing = start(tokens=tokens).open(3, 2, greets=False, joins=True)
+
+    assert (3, 3, {}) == (joined.units, joined.joined, counts(joined))
+    assert (3, 0, {"lost": 3}) == (missing.units, missing.joined, counts(missing))
+
+
+def test_paths(start: Start) -> None:
+    """Connections go where they are told to; what is nowhere is a failure."""
+    client = start()
+
+    chat = client.open(2, 2, greets=False, path="/ws/chat/")
+    nowhere = client.open(1, 1, greets=False, path="/nowhere")
+
+    assert (2, {}) == (chat.units, counts(chat))
+    assert (0, {"failed": 1}) == (nowhere.units, counts(nowhere))
+    assert "404" in nowhere.trouble
 
 
 def test_unicast_faults(start: Start) -> None:
@@ -166,6 +211,21 @@ def test_open_loop_faults(start: Start) -> None:
 
     assert {"lost": 2, "doubled": 2} == counts(reply, client.counts())
     assert [3, 13] == [number for number, one in enumerate(latency) if one < 0]
+    assert all(0 <= one for one in late)
+    assert all(before <= one for before, one in zip(late, latency, strict=True) if one >= 0)
+
+
+def test_paced_faults(start: Start) -> None:
+    """Answers of the open loop are counted like those of the closed one, and belong to one each."""
+    client = start("lost", "doubled", connections=2)
+
+    reply, late, latency = client.paced(19, 500)
+    after = client.counts()
+
+    # Each connection counts its own: number 3 is the third of both, and nothing waits for it.
+    assert 17 == reply.units
+    assert {"lost": 2, "doubled": 2} == counts(reply, after)
+    assert [4, 5] == [number for number, one in enumerate(latency) if one < 0]
     assert all(0 <= one for one in late)
     assert all(before <= one for before, one in zip(late, latency, strict=True) if one >= 0)
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import attrs
+import msgspec
 import pytest
 
 from bench import report, results
@@ -158,6 +159,29 @@ def test_page_of_a_scenario_that_only_we_play() -> None:
     assert "| durable | 200 | cpu_us | 21 (21-21) | 2.1 (2.1-2.1) of echo |" in page
     assert "≤ 2 | missed |" in page
     assert "durable: the ratio is to echo of trioserver, measured in turns." in page
+
+
+@pytest.mark.parametrize(
+    ("value", "lost", "verdict"), [(15, 0, "met"), (15.1, 0, "missed"), (1, 1, "invalid")]
+)
+def test_absolute_goal(value: float, lost: int, verdict: str) -> None:
+    """A goal for a value itself needs nothing to compare with, and has a unit."""
+    measured = results.row(
+        scenario="chat-latency",
+        connections=(200,),
+        headline="p99_ms",
+        goal=15,
+        absolute=True,
+        repetitions={
+            "trioserver": [
+                msgspec.structs.replace(repetition(1, lost=lost), figures={"p99_ms": value})
+            ]
+        },
+    )
+
+    table = report.table(run(measured)).splitlines()
+
+    assert ["-", "≤ 15 ms", verdict] == re.split(r"  +", table[1])[-3:]
 
 
 def test_suspicions() -> None:

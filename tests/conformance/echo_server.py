@@ -34,6 +34,7 @@ import attrs
 import trio
 
 from supervisor.doors import Address, Buffers, open_doors
+from tests.trioserver.wire import chats, desk
 from trioserver import frames
 from trioserver.auth import Verifier
 from trioserver.caller import caller
@@ -196,6 +197,8 @@ class EchoServer:
             receipts=Receipts(Rules(), self.tally, lambda _doing, bug: self._bug(bug), print),
             rules=Rules(),
             registry=Nobody(),
+            chats=chats(lambda _doing, bug: self._bug(bug)),
+            desk=desk(lambda _doing, bug: self._bug(bug)),
             verifier=Verifier(attrs.evolve(SHIPPED, jwt_secret_key="x" * 32)),
             tally=self.tally,
             pace=CALM,

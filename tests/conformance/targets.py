@@ -276,7 +276,7 @@ def check_messages(data: bytes) -> None:
 def outcome_messages(data: bytes) -> str:
     """Return what was understood, or what was wrong with it, without figures."""
     words = []
-    for read in (messages.decode, lambda news: messages.notification_from_raw(news, "", 0)):
+    for read in (messages.decode, lambda news: messages.publication(news, 0)):
         try:
             words.append(type(read(data)).__name__)
         except (ClientError, BadPublish) as error:
@@ -315,7 +315,7 @@ def _check_action(action: session.Action | None, user: str | None, data: bytes) 
 
 def _notified(data: bytes) -> bytes | None:
     try:
-        return messages.notification_from_raw(data, _TIMESTAMP, _MAX_PAYLOAD)
+        return messages.notification(messages.publication(data, _MAX_PAYLOAD), _TIMESTAMP)
     except BadPublish:
         return None
 

@@ -55,6 +55,7 @@ from trioserver.pump import LINGER_SECONDS
 from trioserver.session import (
     Acknowledge,
     Answer,
+    Ask,
     Authenticate,
     Close,
     MarkRead,
@@ -459,7 +460,7 @@ def test_the_worst_messages_are_answered_in_time(text: bytes) -> None:
 
 
 VERIFIER = Verifier(wire.SETTINGS)
-ACTIONS = (Send, Answer, SendError, Authenticate, Refresh, Acknowledge, MarkRead, Close)
+ACTIONS = (Send, Answer, SendError, Authenticate, Refresh, Acknowledge, MarkRead, Ask, Close)
 
 
 def assert_harmless(text: bytes, seconds: float = 0.005) -> None:

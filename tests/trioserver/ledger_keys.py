@@ -108,7 +108,7 @@ class Copy:
             caller.ask("RESTORE", key, lifetime, dump)
 
 
-def age(caller: Caller, owner: str | None, notification_id: str, moment: int) -> None:
+def age(caller: Caller, owner: ledger.Owner, notification_id: str, moment: int) -> None:
     """Let a notification have expired at ``moment`` (ms), as if that much time had passed."""
     home = ledger.partition_of(notification_id)
     life = ledger.notification_key(notification_id)

@@ -13,7 +13,17 @@ from tests.redis_server import RedisServer
 from tests.trioserver.ledger_calls import Caller, Ears
 from tests.trioserver.ledger_keys import age
 from trioserver import ledger
-from trioserver.ledger import Accepted, Change, Gap, Notice, Notification, Page, Rules
+from trioserver.ledger import (
+    Accepted,
+    Change,
+    Gap,
+    Notice,
+    Notification,
+    Owner,
+    Page,
+    Rules,
+    TopicRules,
+)
 from trioserver.position import epoch_of, place_of, seq_of
 
 ANN: Final = "ann"
@@ -75,6 +85,7 @@ class Stage:
         self.caller = Caller(redis.path)
         self.caller.ask("FLUSHALL")
         self.rules = Rules()
+        self.topic_rules = TopicRules()
         self._ears: Ears | None = None
         self._redis = redis
 
@@ -93,19 +104,20 @@ class Stage:
 
     # --- scripts
 
-    def publish(self, user: str | None = ANN, **options: Any) -> Accepted:
+    def publish(self, user: Owner = ANN, **options: Any) -> Accepted:
         """Publish; ``options`` are fields of `Notification`."""
         options.setdefault("id", new_id(user, self.caller.now()))
         options.setdefault("payload", PAYLOAD)
         options.setdefault("ttl_ms", WEEK)
         notification = Notification(user=user, **options)
-        return ledger.accepted(self.caller.run(ledger.publish(notification, rules=self.rules)))
+        rules = self.topic_rules if isinstance(user, ledger.Topic) else self.rules
+        return ledger.accepted(self.caller.run(ledger.publish(notification, rules=rules)))
 
-    def publish_many(self, count: int, user: str | None = ANN, **options: Any) -> list[Accepted]:
+    def publish_many(self, count: int, user: Owner = ANN, **options: Any) -> list[Accepted]:
         """Publish some, one after the other."""
         return [self.publish(user, **options) for _ in range(count)]
 
-    def read(self, user: str | None = ANN, **options: Any) -> Found:
+    def read(self, user: Owner = ANN, **options: Any) -> Found:
         """Read one page; ``options`` are those of `ledger.read`."""
         return Found(ledger.page(self.caller.run(ledger.read(user, **options))))
 
@@ -120,12 +132,12 @@ class Stage:
         command = ledger.mark(user, rules=self.rules, device=device, **options)
         return ledger.marked(self.caller.run(command))
 
-    def cancel(self, notification_id: str, user: str | None = ANN) -> str:
+    def cancel(self, notification_id: str, user: Owner = ANN) -> str:
         """Withdraw."""
         command = ledger.cancel(user, notification_id, rules=self.rules)
         return ledger.cancelled(self.caller.run(command))
 
-    def due(self, user: str | None = ANN, limit: int = 50) -> tuple[int, int]:
+    def due(self, user: Owner = ANN, limit: int = 50) -> tuple[int, int]:
         """Do what is due where ``user`` lives."""
         return ledger.settled(
             self.caller.run(ledger.due(home_of(user), rules=self.rules, limit=limit))
@@ -142,7 +154,7 @@ class Stage:
         flat = [item.decode() for item in self.caller.ask("HGETALL", key)]
         return dict(zip(flat[::2], flat[1::2], strict=True))
 
-    def meta(self, user: str | None = ANN) -> dict[str, str]:
+    def meta(self, user: Owner = ANN) -> dict[str, str]:
         """Return what is kept about a user."""
         return self.fields(ledger.key("meta", user))
 
@@ -150,24 +162,24 @@ class Stage:
         """Return what became of a notification."""
         return self.fields(life_key(notification_id))
 
-    def inbox(self, user: str | None = ANN) -> list[tuple[str, dict[str, str]]]:
+    def inbox(self, user: Owner = ANN) -> list[tuple[str, dict[str, str]]]:
         """Return the entries of an inbox."""
         return self._entries(ledger.key("inbox", user))
 
-    def events(self, user: str | None = ANN) -> list[dict[str, str]]:
+    def events(self, user: Owner = ANN) -> list[dict[str, str]]:
         """Return the events of the partition of ``user``."""
         return [fields for _, fields in self._entries(ledger.events_key(home_of(user)))]
 
-    def told(self, notification_id: str, user: str | None = ANN) -> list[str]:
+    def told(self, notification_id: str, user: Owner = ANN) -> list[str]:
         """Return the kinds of events of one notification, in order."""
         return [one["event"] for one in self.events(user) if one["id"] == notification_id]
 
-    def schedule(self, user: str | None = ANN) -> dict[str, int]:
+    def schedule(self, user: Owner = ANN) -> dict[str, int]:
         """Return what is due when in the partition of ``user``."""
         flat = self.caller.ask("ZRANGE", ledger.due_key(home_of(user)), 0, -1, "WITHSCORES")
         return {flat[i].decode(): int(flat[i + 1]) for i in range(0, len(flat), 2)}
 
-    def holes(self, user: str | None = ANN) -> list[tuple[int, int]]:
+    def holes(self, user: Owner = ANN) -> list[tuple[int, int]]:
         """Return the ranges of seqs that were withdrawn; both halves of each must agree."""
         fields = self.fields(ledger.key("holes", user))
         ranges = sorted((int(name[1:]), int(fields[name])) for name in fields if name[0] == "s")
@@ -191,17 +203,17 @@ class Stage:
 
     # --- accidents
 
-    def expire(self, *ids: str, user: str | None = ANN) -> None:
+    def expire(self, *ids: str, user: Owner = ANN) -> None:
         """Let the time of these be over; nobody has noticed yet."""
         for one in ids:
             age(self.caller, user, one, self.caller.now() - 1)
 
-    def sweep(self, *ids: str, user: str | None = ANN) -> None:
+    def sweep(self, *ids: str, user: Owner = ANN) -> None:
         """Let the time of these be over, and notice it."""
         self.expire(*ids, user=user)
         self.due(user)
 
-    def fall_due(self, member: str, user: str | None = ANN) -> None:
+    def fall_due(self, member: str, user: Owner = ANN) -> None:
         """Let the time come for something on the schedule."""
         self.caller.ask("ZADD", ledger.due_key(home_of(user)), "XX", self.caller.now() - 1, member)
 
@@ -213,12 +225,12 @@ class Stage:
         return entries
 
 
-def home_of(user: str | None) -> str:
-    """Return the partition of a user, or of everyone."""
-    return ledger.EVERYONE if user is None else ledger.partition(user)
+def home_of(user: Owner) -> str:
+    """Return the partition of a user, of a topic, or of everyone."""
+    return ledger.partition(user)
 
 
-def new_id(user: str | None, now_ms: int = 0) -> str:
+def new_id(user: Owner, now_ms: int = 0) -> str:
     """Return a new id for a user."""
     return ledger.new_id(home_of(user), now_ms)
 
@@ -232,8 +244,8 @@ def life_key(notification_id: str) -> str:
 
 def point_of(accepted: Accepted) -> str:
     """Return the point of a notification."""
-    everyone = accepted.id.startswith("all-")
-    point = accepted.position.removeprefix("1.0.0-0." if everyone else "1.")
+    is_users = accepted.id.startswith("p")
+    point = accepted.position.removeprefix("1." if is_users else "1.0.0-0.")
     assert seq_of(point) == accepted.seq
     return point
 

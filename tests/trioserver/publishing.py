@@ -34,6 +34,9 @@ class Front(Protocol):
     def notification(self, notification: str) -> Any:
         """Return the life of a notification."""
 
+    def topic_rules(self) -> Any:
+        """Return which topics are durable."""
+
     def close(self) -> None:
         """Close what is open."""
 
@@ -59,6 +62,10 @@ class _Awaited:
     def notification(self, notification: str) -> Any:
         """Return the life of a notification."""
         return self._run(lambda publisher: publisher.notification(notification))
+
+    def topic_rules(self) -> Any:
+        """Return which topics are durable."""
+        return self._run(lambda publisher: publisher.topic_rules())
 
 
 class _Looped(_Awaited):

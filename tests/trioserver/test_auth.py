@@ -7,6 +7,7 @@ from pathlib import Path
 
 import attrs
 import jwt
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import x25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -29,6 +30,7 @@ from tests.trioserver.token_table import (
 )
 from trioserver.auth import MAX_TOKEN, Claims, Verifier, sign
 from trioserver.errors import AuthError, SettingsError
+from trioserver.grant import NO_GRANT, of_claim
 from trioserver.settings import Settings
 
 
@@ -51,6 +53,33 @@ def test_a_token_may_have_a_name_and_an_age(jti: str, issued_at: float) -> None:
     """Both come back as they were signed; the issuer's clock may be ahead by the leeway."""
     claims = Verifier(SETTINGS).verify(forged({**GOOD, "jti": jti, "iat": issued_at}), NOW)
     assert (jti, issued_at) == (claims.jti, claims.issued_at)
+
+
+@pytest.mark.parametrize("claim", [["news.**"], {"publish": ["room.*"], "join": ["status"]}])
+def test_a_token_may_grant_topics(claim: object) -> None:
+    """What it says about topics comes back as a grant; without a word it grants none."""
+    verifier = Verifier(SETTINGS)
+    claims = verifier.verify(forged({**GOOD, "topics": claim}), NOW)
+    assert of_claim(msgspec.Raw(msgspec.json.encode(claim))) == claims.topics
+    assert NO_GRANT is verifier.verify(forged(GOOD), NOW).topics
+
+
+@pytest.mark.parametrize("claim", [7, "news.**", ["a b"], {"id": 7, "join": 7}, ["x"] * 65])
+def test_a_claim_on_topics_that_is_none_locks_nobody_out(claim: object) -> None:
+    """The token is good, grants no topics, and knows what is wrong."""
+    claims = Verifier(SETTINGS).verify(forged({**GOOD, "topics": claim}), NOW)
+    assert "ann" == claims.user
+    assert claims.topics.problem
+    assert attrs.evolve(NO_GRANT, problem=claims.topics.problem) == claims.topics
+
+
+def test_a_token_with_topics_can_be_made() -> None:
+    """What `sign` is given is what `Verifier` finds; what is no claim is not signed."""
+    token = sign(SETTINGS, "ann", NOW + 60, topics={"subscribe": ["a.*"], "join": ("b",)})
+    grant = Verifier(SETTINGS).verify(token, NOW).topics
+    assert (("a.*",), (), ("b",)) == (grant.subscribe.texts, grant.publish.texts, grant.join)
+    with pytest.raises(AuthError):
+        sign(SETTINGS, "ann", NOW + 60, topics=["a b"])
 
 
 EXPIRED: dict[str, object] = {"now": NOW - 30, "0": 0, "negative": -1}

@@ -4,12 +4,14 @@ import re
 import time
 from typing import Final
 
+import jwt
 import pytest
 
 from tests.redis_server import RedisServer, free_port
 from tests.trioserver.terminal import Ran, Run
 from trioserver import listen as client
 from trioserver.auth import Claims, Verifier
+from trioserver.grant import NO_GRANT
 from trioserver.listen import Listening
 from trioserver.revocation import ENTRIES_KEY
 from trioserver.settings import Settings
@@ -38,12 +40,31 @@ def test_a_token_has_a_name(run: Run) -> None:
     assert 1 == run("gentoken", "--user", "ann", "--jti", "x" * 257).code
 
 
+def test_a_token_may_grant_topics(run: Run) -> None:
+    """Each of the three may be said several times; what is no topic is refused."""
+    said = ("--topics", "news.**", "--topics", "a", "--publish", "room.*", "--join", "status")
+    grant = claims(run("gentoken", "--user", "ann", *said).out).topics
+    assert (("news.**", "a"), ("room.*",)) == (grant.subscribe.texts, grant.publish.texts)
+    assert ("status",) == grant.join
+    assert NO_GRANT == claims(run("gentoken", "--user", "ann").out).topics
+    assert 1 == run("gentoken", "--user", "ann", "--join", "room.*").code
+
+
 def test_a_good_token(run: Run) -> None:
     """One line says whose it is, what its name is, and for how long it is good."""
     token = run("gentoken", "--user", "ann", "--jti", "7f", "--ttl", "9000").out.strip()
     ran = run("checktoken", token)
     assert (0, "") == (ran.code, ran.err)
     assert re.fullmatch(r"good: user ann, jti 7f, expires in (89\d\d|9000) s\n", ran.out)
+
+
+def test_a_claim_on_topics_that_is_none(run: Run) -> None:
+    """The token is good all the same, and whoever looks at it is told what is wrong."""
+    claim = {"sub": "ann", "exp": time.time() + 60, "topics": "news.**"}
+    ran = run("checktoken", jwt.encode(claim, SECRET, algorithm="HS256"))
+    assert 0 == ran.code
+    assert ran.out.startswith("good: user ann, ")
+    assert ran.err.startswith("trioserver: it grants no topics: the claim topics: ")
 
 
 @pytest.mark.parametrize("whom", [("--jti", "7f"), ("--user", "ann"), ("--all", "--before", "now")])

@@ -13,8 +13,9 @@ import pytest
 from tests.redis_server import RedisServer, free_port
 from tests.trioserver.ledger_calls import Caller
 from tests.trioserver.terminal import Ran, Run
-from trioserver import ledger
-from trioserver.ledger import Rules
+from trioserver import kept_topics, ledger
+from trioserver.ledger import Owner, Rules, Topic, TopicRules
+from trioserver.topics import Patterns
 
 RULES: Final = Rules()
 
@@ -26,7 +27,7 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
         yield server
 
 
-def kept(redis: RedisServer, user: str | None) -> list[list[bytes]]:
+def kept(redis: RedisServer, user: Owner) -> list[list[bytes]]:
     """Return the fields of the entries that are kept for a user."""
     entries = redis.command("XRANGE", ledger.key("inbox", user), "-", "+")
     assert isinstance(entries, list)
@@ -131,6 +132,52 @@ def test_publish_to_everyone(run: Run, redis: RedisServer) -> None:
     assert 1 == len(kept(redis, None))
 
 
+def test_publish_to_topics(run: Run, redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DURABLE_TOPICS are kept and have ids; of the others it is said whether anybody listens."""
+    monkeypatch.setenv("DURABLE_TOPICS", "room.*")
+    durable = run("publish", "--topic", "room.7", "--ttl", "1h", "1")
+    live = run("publish", "--topic", "ticker", "--key", "acme", "1")
+    both = run("publish", "--topic", "room.7", "--topic", "ticker", "--json", "2")
+    wrong = run("publish", "--topic", "ticker", "--topic", "a b", "2")
+    refused = run("publish", "--topic", "ticker", "--ttl", "1h", "1")
+
+    assert durable.out.startswith("accepted: t")
+    assert ", seq 1, position 1.0.0-0." in durable.out
+    assert Ran(0, "published; nobody is connected to receive it\n", "") == live
+    first, second = map(json.loads, both.out.splitlines())
+    assert ("room.7", 2, "ticker", 0) == (
+        *(first["topic"], first["seq"]),
+        *(second["topic"], second["receivers"]),
+    )
+    assert (1, "topic ticker: published; nobody is connected to receive it\n") == (
+        wrong.code,
+        wrong.out,
+    )
+    assert wrong.err.startswith("topic a b: not published: a topic has 1 to 128")
+    assert "trioserver: this cannot be published: ttl means nothing for ticker" in refused.err
+    assert [b"1", b"2"] == [fields[5] for fields in kept(redis, Topic("room.7"))]
+    trace = run("trace", durable.out.split()[1].rstrip(","))
+    assert ", for topic room.7, seq 1\n" in trace.out
+
+
+def test_publish_to_topics_as_the_server_says(run: Run, redis: RedisServer) -> None:
+    """Without DURABLE_TOPICS the command goes by the server's; if it hears none, it warns."""
+    unheard = run("publish", "--topic", "room.7", "1")
+    ephemeral = run("publish", "--topic", "room.7", "--ephemeral", "1")
+    rules = TopicRules(durable=Patterns.of(["room.*"]), max_length=1, ttl_ms=60_000)
+    redis.command(*kept_topics.said(rules))
+    first, last = (run("publish", "--topic", "room.7", number) for number in "23")
+    live = run("publish", "--topic", "ticker", "4")
+
+    assert "published; nobody is connected to receive it\n" == unheard.out
+    assert unheard.err.startswith("trioserver: warning: no server has said which topics are dur")
+    assert ["", "", "", ""] == [ran.err for ran in (ephemeral, first, last, live)]
+    assert first.out.startswith("accepted: t")
+    [fields] = kept(redis, Topic("room.7"))
+    assert b"3" == fields[5]
+    assert "published; nobody is connected to receive it\n" == live.out
+
+
 def test_publish_from_standard_input(
     run: Run, redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,8 +227,9 @@ def test_publish_later(run: Run, redis: RedisServer) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["1"], "say either --user U or --all"),
-        (["--user", "a", "--all", "1"], "say either --user U or --all"),
+        (["1"], "say either --user U or --topic T or --all"),
+        (["--user", "a", "--topic", "b", "1"], "say either --user U or --topic T or --all"),
+        (["--user", "a", "--all", "1"], "say either --user U or --topic T or --all"),
         (["--user", "a", "--ttl", "1h", "--ephemeral", "1"], "say either --ttl or --ephemeral"),
         (["--user", "a", "--ttl", "soon", "1"], '"soon" is not a duration'),
         (["--user", "a", "--ttl", "0", "1"], "is not from"),
@@ -236,7 +284,7 @@ def test_without_redis(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ["user ann: not published: ", "user bob: not published: "] == [
         line[:25] for line in lines
     ]
-    assert last.startswith("trioserver: 0 of 2 users are served, then: whether ")
+    assert last.startswith("trioserver: 0 of 2 recipients are served, then: whether ")
     monkeypatch.setenv("REDIS_URL", "")
     for command in (["publish", "--user", "ann", "1"], ["why", "ann"], ["trace", "p00-x"]):
         ran = run(*command)

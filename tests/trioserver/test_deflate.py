@@ -175,12 +175,16 @@ def test_a_deflating_outbox_compresses_what_many_get_and_nothing_else() -> None:
         def entered(self, _entry: Entry, *, everyone: bool) -> bool:
             return everyone
 
+        def entered_topic(self, _topic: bytes, _entry: Entry, _frame: bytes) -> bool:
+            return False
+
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
         outbox = DeflatingOutbox(ours, OutboxLimits(), Owner(), deflate.Compressor())
         large = frames.encode_text(b"x" * 2000)
         assert outbox.deliver(large)
+        assert outbox.release()
         packed = theirs.recv(65536)
         assert b"x" * 2000 == deflate.inflate(frames.payload_of(packed), 0)
         assert outbox.offer(large)

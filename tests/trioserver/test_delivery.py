@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 
 import pytest
 import trio
@@ -47,9 +47,16 @@ def pair() -> Iterator[Pair]:
 
 def subscribed(delivery: Delivery, where: bytes, sock: socket.socket) -> Outbox:
     """Return a new outbox under a topic."""
-    outbox = Outbox(sock, OutboxLimits(), Owner())
+    outbox = Outbox(sock, OutboxLimits(turn=delivery.turn), Owner())
     delivery.hub.add(where, outbox)
     return outbox
+
+
+def receive(delivery: Delivery, where: bytes, data: bytes) -> Awaitable[None] | None:
+    """Do what the subscription does with one message that comes alone."""
+    remaining = delivery.receive(where, data)
+    delivery.turn_over()
+    return remaining
 
 
 def publication(payload: object, **more: object) -> bytes:
@@ -63,7 +70,7 @@ def test_a_users_notification_is_delivered_before_receive_returns(
     """To every outbox under the topic, with the time and without anything forged."""
     for _ in range(2):
         subscribed(delivery, topic("ann"), pair.server)
-    assert delivery.receive(topic("ann"), publication(1, type="mail", id="forged")) is None
+    assert receive(delivery, topic("ann"), publication(1, type="mail", id="forged")) is None
     frames, rest = split_frames(drain(pair.client))
     assert b"" == rest
     assert 2 == len(frames)
@@ -81,7 +88,7 @@ def test_a_topic_that_nobody_wants_is_not_even_parsed(
     delivery: Delivery, malformed: list[tuple[bytes, str]]
 ) -> None:
     """A released topic may still be subscribed for a moment."""
-    assert delivery.receive(topic("bob"), b"garbage") is None
+    assert receive(delivery, topic("bob"), b"garbage") is None
     assert ([], 0) == (malformed, delivery.tally.notifications_malformed)
 
 
@@ -98,7 +105,7 @@ def test_malformed_publications_are_counted_and_logged(
 ) -> None:
     """And nothing else happens."""
     subscribed(delivery, where, pair.server)
-    assert delivery.receive(where, data) is None
+    assert receive(delivery, where, data) is None
     assert [where] == [one for one, _ in malformed]
     assert 1 == delivery.tally.notifications_malformed
     assert b"" == drain(pair.client)
@@ -108,7 +115,7 @@ def test_refused_offers_are_counted(delivery: Delivery, pair: Pair) -> None:
     """One closed outbox costs its own notification only."""
     subscribed(delivery, topic("ann"), pair.server).abandon()
     subscribed(delivery, topic("ann"), pair.server)
-    delivery.receive(topic("ann"), publication(1))
+    receive(delivery, topic("ann"), publication(1))
     assert (1, 1) == (
         delivery.tally.notifications_delivered["ephemeral"],
         delivery.tally.failed,
@@ -119,14 +126,14 @@ async def test_a_broadcast_reaches_all_and_lets_others_have_their_turn(
     delivery: Delivery, pair: Pair
 ) -> None:
     """A long fan-out yields; who ends meanwhile is refused, who comes meanwhile waits."""
-    outboxes = [Outbox(pair.server, OutboxLimits(), Owner()) for _ in range(1000)]
+    outboxes = [Outbox(pair.server, OutboxLimits(turn=delivery.turn), Owner()) for _ in range(1000)]
     for outbox in outboxes:
         outbox.cork()
         delivery.hub.add(BROADCAST, outbox)
-    remaining = delivery.receive(BROADCAST, publication("all"))
+    remaining = receive(delivery, BROADCAST, publication("all"))
     assert remaining is not None
     turns = 0
-    late = Outbox(pair.server, OutboxLimits(), Owner())
+    late = Outbox(pair.server, OutboxLimits(turn=delivery.turn), Owner())
 
     async def others() -> None:
         nonlocal turns
@@ -149,7 +156,7 @@ async def test_a_broadcast_reaches_all_and_lets_others_have_their_turn(
 
 async def test_an_empty_broadcast_topic_needs_no_turns(delivery: Delivery) -> None:
     """Nobody is connected."""
-    assert delivery.receive(BROADCAST, publication(1)) is None
+    assert receive(delivery, BROADCAST, publication(1)) is None
     await trio.lowlevel.checkpoint()
 
 
@@ -188,7 +195,7 @@ class Choosy(Owner):
 
 def joined(delivery: Delivery, where: bytes, sock: socket.socket, owner: Owner) -> Owner:
     """Subscribe a new outbox of ``owner``."""
-    delivery.hub.add(where, Outbox(sock, OutboxLimits(), owner))
+    delivery.hub.add(where, Outbox(sock, OutboxLimits(turn=delivery.turn), owner))
     return owner
 
 
@@ -200,7 +207,7 @@ def outcomes(delivery: Delivery) -> tuple[int, int, int]:
 
 async def received(delivery: Delivery, where: bytes, data: bytes) -> None:
     """Do what the subscription does."""
-    remaining = delivery.receive(where, data)
+    remaining = receive(delivery, where, data)
     if remaining is not None:
         await remaining
 
@@ -210,7 +217,7 @@ def test_an_entry_goes_to_those_who_know_what_is_next(delivery: Delivery, pair: 
     owners = [joined(delivery, topic("ann"), pair.server, Owner()) for _ in range(3)]
     stranger = joined(delivery, topic("bob"), pair.server, Owner())
     for data in (announced(1), updated(1)):
-        assert delivery.receive(topic("ann"), data) is None
+        assert receive(delivery, topic("ann"), data) is None
     expected = [(envelope.decode(data), False) for data in (announced(1), updated(1))]
     assert [expected] * 3 == [owner.entries for owner in owners]
     assert len({id(owner.entries[0][0]) for owner in owners}) == 1, "parsed once"
@@ -264,7 +271,7 @@ def test_malformed_envelopes_are_counted_and_logged(
     """Nobody hears of them, and the head stays where it is."""
     delivery.head.reached(point(1), more=False)
     owners = [joined(delivery, at, pair.server, Owner()) for at in (topic("ann"), BROADCAST)]
-    assert delivery.receive(where, data) is None
+    assert receive(delivery, where, data) is None
     assert [where] == [one for one, _ in malformed]
     assert (0, 0, 1) == outcomes(delivery)
     assert 1 == delivery.tally.notifications_malformed
@@ -277,8 +284,8 @@ def test_a_users_entries_do_not_move_the_head(delivery: Delivery, pair: Pair) ->
     """The head is about the stream of everyone."""
     delivery.head.reached(point(0), more=False)
     joined(delivery, topic("ann"), pair.server, Owner())
-    delivery.receive(topic("ann"), announced(1))
-    delivery.receive(topic("ann"), announced(5))
+    receive(delivery, topic("ann"), announced(1))
+    receive(delivery, topic("ann"), announced(5))
     assert (point(0), True) == (delivery.head.point, delivery.head.live)
 
 
@@ -314,7 +321,7 @@ async def test_an_entry_for_everyone_reaches_all_and_lets_others_have_their_turn
     """A long fan-out yields; it goes to those who were there, whatever happens meanwhile."""
     delivery.head.reached(point(0), more=False)
     owners = [joined(delivery, BROADCAST, pair.server, Owner()) for _ in range(1000)]
-    remaining = delivery.receive(BROADCAST, announced(1))
+    remaining = receive(delivery, BROADCAST, announced(1))
     assert remaining is not None
     assert point(1) == delivery.head.point, "before the first turn: who comes now needs it not"
     late, turns = Owner(), 0

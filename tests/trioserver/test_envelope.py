@@ -14,8 +14,8 @@ from tests.redis_server import RedisServer, wait_until
 from tests.trioserver.ledger_calls import Caller
 from trioserver import envelope, ledger, position
 from trioserver.endpoint import Endpoint
-from trioserver.envelope import Change, Notice
-from trioserver.ledger import Notification, Rules
+from trioserver.envelope import Came, Change, Notice, Said
+from trioserver.ledger import Notification, Owner, Rules, Topic
 from trioserver.messages import NULL, BadPublish
 from trioserver.subscription import Subscription
 
@@ -25,8 +25,13 @@ LIMIT = 20.0
 RULES = Rules()
 DAY_MS = 86_400_000
 
-NOTICE = ["e0.1000-4096", "e0.1001-8192", 2, "p07-x", "mail", {"a": [1]}, 1001 + DAY_MS, None]
+NOTICE = [
+    *("e0.1000-4096", "e0.1001-8192", 2, "p07-x", "mail", {"a": [1]}),
+    *(1001 + DAY_MS, None, "eve"),
+]
 CHANGE = ["e0.1000-4096", "e0.1001-4097", 2, "read", ["p07-x", "p07-y"], "w0-1"]
+SAID = ["w0-1", "ann", "mail", "k", {"a": [1]}, 1]
+CAME = ["join", "ann", 3]
 
 
 def notice(*values: object) -> bytes:
@@ -68,11 +73,51 @@ def test_a_change_is_what_was_written() -> None:
     )
 
 
+def said(*values: object) -> bytes:
+    """Return the envelope of what a client has said, with these values."""
+    return b"\x01t" + json.dumps(list(values)).encode()
+
+
+def came(*values: object) -> bytes:
+    """Return the envelope of somebody's coming, with these values."""
+    return b"\x01p" + json.dumps(list(values)).encode()
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        Said("w0-1", "ann", "mail", "k", msgspec.Raw(b'{"b" :[1.50]}'), 1),
+        Said("", "", "brève", None, msgspec.Raw('"値 🙂"'.encode()), 0),
+    ],
+)
+def test_what_a_client_says_is_what_another_hears(one: Said) -> None:
+    """Each value comes out as it went in, the payload byte by byte."""
+    data = envelope.said(
+        bytes(one.payload),
+        type=one.type,
+        connection=one.connection,
+        user=one.user,
+        key=one.key,
+        exclude=one.exclude == 1,
+    )
+    found = envelope.decode(data)
+
+    assert data.startswith(b"\x01t[")
+    assert isinstance(found, Said)
+    assert one == msgspec.structs.replace(found, payload=one.payload)
+    assert bytes(one.payload) == bytes(found.payload)
+
+
+def test_who_came_is_what_was_written() -> None:
+    """Each value in its place."""
+    assert Came("join", "ann", 3) == envelope.decode(came(*CAME))
+
+
 def test_what_is_optional_may_be_missing_and_what_is_new_is_ignored() -> None:
     """Scripts of the next release may say more, those of the last may have said less."""
-    for values, data in ((NOTICE, notice), (CHANGE, change)):
+    for values, data in ((NOTICE, notice), (CHANGE, change), (SAID, said), (CAME, came)):
         assert envelope.decode(data(*values)) == envelope.decode(data(*values, {"new": [1]}, 2))
-    assert envelope.decode(notice(*NOTICE)) == envelope.decode(notice(*NOTICE[:-1]))
+    assert envelope.decode(notice(*NOTICE[:-1])) == envelope.decode(notice(*NOTICE[:-2]))
     found = envelope.decode(change(*CHANGE[:-1]))
     assert isinstance(found, Change)
     assert "" == found.by
@@ -80,7 +125,7 @@ def test_what_is_optional_may_be_missing_and_what_is_new_is_ignored() -> None:
 
 def test_envelopes_are_told_apart_from_raw_publications_by_their_first_byte() -> None:
     """JSON cannot begin with it, so nobody is both."""
-    for ours in (notice(*NOTICE), change(*CHANGE)):
+    for ours in (notice(*NOTICE), change(*CHANGE), said(*SAID), came(*CAME)):
         assert ours.startswith(envelope.VERSION)
     for raw in (b"", b'{"payload":1}', b" {}", b"\x02n[]", b"n[]", b"\xef\xbb\xbf{}"):
         assert not raw.startswith(envelope.VERSION)
@@ -98,6 +143,13 @@ BAD: dict[str, bytes] = {
     "an object": b'\x01n{"previous":"e0.0-0"}',
     "half": notice(*NOTICE)[:-1],
     "two": notice(*NOTICE) + b"[]",
+    "a notice as something said": b"\x01t" + json.dumps(NOTICE).encode(),
+    "something said too short": said(*SAID[:4]),
+    "something said of a wrong type": said(1, *SAID[1:]),
+    "something said whose payload is no JSON": said(*SAID).replace(b'{"a": [1]}', b"007"),
+    "something said that is not UTF-8 and no JSON": said(*SAID).replace(b'{"a": [1]}', b'"\xff'),
+    "a coming as something said": b"\x01t" + json.dumps(CAME).encode(),
+    "a coming without a count": came(*CAME[:2]),
     "too short": notice(*NOTICE[:6]),
     "an update too short": change(*CHANGE[:4]),
     "a notice as an update": b"\x01u" + json.dumps(NOTICE).encode(),
@@ -132,11 +184,12 @@ def test_what_is_no_envelope_of_this_version_is_refused(name: str) -> None:
 
 @given(
     st.binary()
-    | st.binary().map(lambda data: b"\x01n" + data)
-    | st.binary().map(lambda data: b"\x01u" + data)
-    | st.tuples(st.sampled_from([notice(*NOTICE), change(*CHANGE)]), st.data()).map(
-        lambda drawn: damaged(*drawn)
+    | st.tuples(st.sampled_from([b"\x01n", b"\x01u", b"\x01t", b"\x01p"]), st.binary()).map(
+        b"".join
     )
+    | st.tuples(
+        st.sampled_from([notice(*NOTICE), change(*CHANGE), said(*SAID), came(*CAME)]), st.data()
+    ).map(lambda drawn: damaged(*drawn))
 )
 def test_any_bytes_are_refused_or_understood(data: bytes) -> None:
     """Nothing else is raised; what is understood can be placed, and sent as UTF-8."""
@@ -144,10 +197,11 @@ def test_any_bytes_are_refused_or_understood(data: bytes) -> None:
         found = envelope.decode(data)
     except BadPublish:
         return
-    milliseconds, number = position.order(found.point)
-    assert milliseconds >= 0
-    assert number >= 0
-    if isinstance(found, Notice):
+    if isinstance(found, Notice | Change):
+        milliseconds, number = position.order(found.point)
+        assert milliseconds >= 0
+        assert number >= 0
+    if isinstance(found, Notice | Said):
         json.loads(bytes(found.payload).decode(), parse_constant=pytest.fail)
         found.type.encode()
 
@@ -170,6 +224,8 @@ def test_a_payload_that_is_not_utf8_is_left_out(bad: bytes) -> None:
     assert NULL == found.payload
     assert NOTICE[:5] == [found.previous, found.point, found.unread, found.id, found.type]
     assert (NOTICE[6], NOTICE[7]) == (found.expires, found.traceparent)
+    heard = envelope.decode(said(*SAID).replace(b'{"a": [1]}', b'{"a": "' + bad + b'"}'))
+    assert Said("w0-1", "ann", "mail", "k", NULL, 1) == heard
 
 
 def test_characters_beyond_ascii_survive() -> None:
@@ -219,12 +275,15 @@ class Listening:
         """Return the entries, as soon as there are so many."""
         await wait_until(lambda: len(self.data) >= count)
         assert count == len(self.data)
-        return [envelope.decode(data) for data in self.data]
+        found = [envelope.decode(data) for data in self.data]
+        entries = [one for one in found if isinstance(one, Notice | Change)]
+        assert count == len(entries)
+        return entries
 
 
-def publish(caller: Caller, user: str | None, payload: bytes, **more: str | None) -> str:
+def publish(caller: Caller, user: Owner, payload: bytes, **more: str | None) -> str:
     """Publish; return the id."""
-    home = ledger.EVERYONE if user is None else ledger.partition(user)
+    home = ledger.partition(user)
     one = Notification(
         user=user,
         payload=payload,
@@ -251,12 +310,19 @@ TYPES = ["notification", "order.shipped", "brève nouvelle", 'quo"ted', "back\\s
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-@pytest.mark.parametrize("user", ["ann", "jürgen müller", "a%b:c{d}", None])
-async def test_what_the_script_publishes_is_understood(
-    redis: RedisServer, user: str | None
-) -> None:
+CHANNELS: dict[Owner, str] = {
+    "ann": "user_noti:ann",
+    "jürgen müller": "user_noti:jürgen müller",
+    "a%b:c{d}": "user_noti:a%b:c{d}",
+    None: "channels:broadcast",
+    Topic("a:b/c~d"): "topic:a:b/c~d",
+}
+
+
+@pytest.mark.parametrize("user", CHANNELS)
+async def test_what_the_script_publishes_is_understood(redis: RedisServer, user: Owner) -> None:
     """Every payload, type and trace context; each entry names the one before it."""
-    channel = b"channels:broadcast" if user is None else b"user_noti:" + user.encode()
+    channel = CHANNELS[user].encode()
     with trio.fail_after(LIMIT), Caller(redis.path) as caller:
         async with trio.open_nursery() as nursery:
             listening = Listening(redis, channel)
@@ -278,11 +344,26 @@ async def test_what_the_script_publishes_is_understood(
     assert [None] * (len(ids) - 1) + [TRACE] == [one.traceparent for one in notices]
     counts = list(range(1, len(ids) + 1))
     assert counts == [position.seq_of(one.point) for one in notices]
-    assert (counts if user else [0] * len(ids)) == [one.unread for one in notices]
+    unread = counts if isinstance(user, str) else [0] * len(ids)
+    assert unread == [one.unread for one in notices]
     epoch = position.epoch_of(notices[0].point)
     points = [f"{epoch}.0-0", *[one.point for one in notices]]
     assert points[:-1] == [one.previous for one in notices]
     assert all(now + DAY_MS <= one.expires < now + DAY_MS + LIMIT * 1000 for one in notices)
+
+
+async def test_the_sender_is_understood(redis: RedisServer) -> None:
+    """Who has published to a topic, also if the name is an odd one; None if nobody is said."""
+    senders = ["ann", 'quo"ted', "back\\slash", "жук", "tab\there", None]
+    with trio.fail_after(LIMIT), Caller(redis.path) as caller:
+        async with trio.open_nursery() as nursery:
+            listening = Listening(redis, b"topic:room")
+            await listening.begin(nursery)
+            for sender in senders:
+                publish(caller, Topic("room"), b"1", sender=sender)
+            found = await listening.heard(len(senders))
+            nursery.cancel_scope.cancel()
+    assert senders == [one.sender for one in found if isinstance(one, Notice)]
 
 
 async def test_updates_are_understood(redis: RedisServer) -> None:

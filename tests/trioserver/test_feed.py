@@ -72,7 +72,7 @@ def change(
 
 async def enter(worker: Worker, where: bytes, data: bytes) -> None:
     """Do what the subscription does with an envelope."""
-    remaining = worker.delivery.receive(where, data)
+    remaining = worker.receive(where, data)
     if remaining is not None:
         await remaining
 
@@ -579,3 +579,23 @@ async def test_a_broadcast_waits_for_no_acknowledgement() -> None:
             await enter(worker, BROADCAST, envelope(1))
             await client.message()
             assert math.inf == the_progress(worker).redeliver_at
+
+
+async def test_updates_for_who_takes_arrays_are_messages_of_their_own() -> None:
+    """What is read elsewhere in one go comes as so many updates, whatever else comes with it."""
+    with trio.fail_after(LIMIT):
+        async with running() as worker:
+            client = await come(worker, "?batch=1")
+            ids = [f"p00-{number}" for number in range(66)]
+            worker.delivery.receive(topic("ann"), envelope(1))
+            for seq, some in ((1, ids[:64]), (2, ids[64:])):
+                fields = [point(1, seq - 1), point(1, seq), 0, "read", some, "another"]
+                worker.delivery.receive(topic("ann"), b"\x01u" + json.dumps(fields).encode())
+            worker.delivery.turn_over()
+            got: list[dict[str, object]] = []
+            while not got or got[-1].get("id") != ids[-1]:
+                opcode, payload = await client.frame()
+                if opcode == TEXT:
+                    found = json.loads(payload)
+                    got.extend(found if isinstance(found, list) else [found])
+            assert ids == [one["id"] for one in got if one["type"] == "update"]

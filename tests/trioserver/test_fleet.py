@@ -14,6 +14,7 @@ from tests.redis_cluster import RedisCluster
 from tests.redis_server import RedisServer
 from tests.trioserver.ledger_calls import Caller
 from trioserver import fleet, ledger
+from trioserver import users as counting
 from trioserver.fleet import Card, Doubt, InTheWay, Lease, Lives, Whereabouts
 
 LEASE_MS: Final = int(fleet.LEASE_SECONDS * 1000)
@@ -147,6 +148,7 @@ def test_which_lives_are_over(life: str, *, over: bool) -> None:
         },
     )
     assert over == lives.is_over(life)
+    assert over == (life not in lives.living)
 
 
 def test_who_has_renewed_since() -> None:
@@ -526,6 +528,8 @@ def test_scripts_touch_one_slot(tmp_path: Path) -> None:
     with RedisCluster(tmp_path / "c") as cluster:
         nodes = {node.port: Fleet(node) for node in cluster.nodes}
         home = nodes[cluster.owner(fleet.LIVES_KEY).port]
+        for name in (counting.COUNT_KEY, counting.key("aa.1.1"), f"{counting.key('x')}:anew"):
+            assert cluster.owner(name).port == cluster.owner(fleet.LIVES_KEY).port
         assert "aa.1.1" == home.renew("aa.1.1", 0, "aa.1.0").life
         used = set()
         for user in users:

@@ -376,3 +376,30 @@ def test_every_close_reason_fits_its_frame() -> None:
     """No text in the table of close reasons is too long to be sent whole."""
     for reason in CloseReason:
         assert len(reason.text.encode()) <= 123
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=400).map(lambda payload: (TEXT, b"%d" % len(payload))),
+            st.sampled_from([(PING, b"p"), (PONG, b""), (BINARY, b"b")]),
+        ),
+        max_size=12,
+    )
+)
+def test_joined_texts_are_arrays(run: list[tuple[int, bytes]]) -> None:
+    """Texts that follow each other become an array, all else stays as it is, nothing is lost."""
+    joined = frames.join_texts([frames.encode(opcode, payload) for opcode, payload in run])
+    found, rest = split_frames(b"".join(joined))
+    assert b"" == rest
+    alone: list[tuple[int, bytes]] = []
+    for opcode, payload in found:
+        if opcode == TEXT and payload.startswith(b"["):
+            items = payload[1:-1].split(b",")
+            assert len(items) > 1
+            alone.extend((TEXT, item) for item in items)
+        else:
+            alone.append((opcode, payload))
+    assert run == alone
+    texts = [opcode == TEXT for opcode, _ in found]
+    assert not any(one and other for one, other in itertools.pairwise(texts))

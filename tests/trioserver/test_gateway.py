@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import attrs
 import msgspec
@@ -18,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.redis_server import RedisServer, wait_until
 from tests.trioserver.gateway_process import Answer, GatewayProcess, pool, worker
-from trioserver import response_heads
+from trioserver import fleet, response_heads, users
 from trioserver.gateway.pool_metrics import POOL_FAMILIES
 from trioserver.gateway.scrape import Scraper
 from trioserver.metrics import FAMILIES, Exporter, Tally
@@ -121,23 +122,61 @@ async def test_what_is_not_known_is_not_ready(gateway: GatewayProcess) -> None:
     assert 1 == len(complaints)
 
 
-async def test_health_has_exactly_the_known_shape(tmp_path: Path) -> None:
-    """With Redis healthy, without it degraded; connections and users of the whole pool."""
+def let_live(redis: RedisServer, *names: str) -> None:
+    """Have a worker live somewhere, with these users."""
+    redis.command("ZADD", fleet.LIVES_KEY, int(time.time() * 1000) + 60_000, "elsewhere.1.1")
+    redis.command("PFADD", users.key("elsewhere.1.1"), *names)
+
+
+async def settle_users(
+    process: GatewayProcess, path: str, status: int, expected: int
+) -> dict[str, Any]:
+    """Return the first body with that status and that many users; fails if none comes in time."""
+    with trio.fail_after(5.0):
+        while True:
+            body = json.loads((await settle(process, path, status)).body)
+            if body["websocket"]["total_unique_users"] == expected:
+                return cast("dict[str, Any]", body)
+            await trio.sleep(0.02)
+
+
+async def test_the_users_of_the_fleet_are_a_metric(tmp_path: Path) -> None:
+    """On both pages, and within seconds of what Redis knows."""
     with RedisServer(tmp_path / "redis") as redis:
+        settings = attrs.evolve(NO_REDIS, redis_url=redis.unix_url)
+        with GatewayProcess(tmp_path / "gateway", settings) as process:
+            process.wait_started()
+            for names in (["ann"], ["bob", "cat"]):
+                let_live(redis, *names)
+                number = 2 * len(names) - 1
+                with trio.fail_after(5.0):
+                    while True:
+                        seen = samples(await process.get("/metrics"))
+                        if seen["unique_users",] == number:
+                            break
+                        await trio.sleep(0.02)
+            page = json.loads((await process.get("/metrics", {"Accept": "application/json"})).body)
+    assert 3 == page["connections"]["total_unique_users"]
+
+
+async def test_health_has_exactly_the_known_shape(tmp_path: Path) -> None:
+    """With Redis healthy, without it degraded; users of the whole fleet, or then of the pool."""
+    with RedisServer(tmp_path / "redis") as redis:
+        let_live(redis, "ann", "bob", "cat")
         settings = attrs.evolve(NO_REDIS, redis_url=redis.unix_url)
         with GatewayProcess(tmp_path / "gateway", settings) as process:
             metrics_dir = process.state.metrics_dir
             exporters = [
-                Exporter(Tally(connections=9, users=users), metrics_dir, f"w{users}.1")
-                for users in (3, 4)
+                Exporter(Tally(connections=9, users=number), metrics_dir, f"w{number}.1")
+                for number in (3, 4)
             ]
             for exporter in exporters:
                 exporter.flush()
             process.supervisor.reply = pool(worker(0, connections=5), worker(1, connections=7))
             process.wait_started()
-            healthy = json.loads((await settle(process, "/health", 200)).body)
+            healthy = await settle_users(process, "/health", 200, 3)
             redis.kill()
-            degraded = json.loads((await settle(process, "/health", 503)).body)
+            degraded = await settle_users(process, "/health", 503, 7)
             redis.start()
             await settle(process, "/health", 200)
             process.supervisor.reply = pool(worker(0, ready=False), ready=False)
@@ -148,7 +187,7 @@ async def test_health_has_exactly_the_known_shape(tmp_path: Path) -> None:
     assert {
         "status": "healthy",
         "redis": {"status": "connected"},
-        "websocket": {"active_connections": 12, "total_unique_users": 7},
+        "websocket": {"active_connections": 12, "total_unique_users": 3},
         "uptime_seconds": 3600,
     } == healthy
     assert "degraded" == degraded["status"]

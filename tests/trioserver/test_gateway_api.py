@@ -36,6 +36,8 @@ SETTINGS = Settings(
     log_level="debug",
     inbox_max_length=50,
     api_requests_per_second=0,
+    durable_topics=("room.*",),
+    topic_history_length=2,
 )
 DOCS = Path(__file__).parent.parent.parent / "docs" / "api.md"
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -78,7 +80,7 @@ async def publish(
     return await process.post(PATH, body, headers)
 
 
-def inbox(redis: RedisServer, owner: str | None) -> list[dict[bytes, bytes]]:
+def inbox(redis: RedisServer, owner: ledger.Owner) -> list[dict[bytes, bytes]]:
     """Return the entries of an inbox, as Redis has them."""
     with Caller(redis.path) as caller:
         entries = caller.ask("XRANGE", ledger.key("inbox", owner), "-", "+")
@@ -143,6 +145,46 @@ class TestPublish:
         assert place is not None
         assert ("", True) == (place.user, bool(place.all))
         assert body["id"] in [entry[b"i"].decode() for entry in inbox(redis, None)]
+
+    async def test_to_a_durable_topic(self, gateway: GatewayProcess, redis: RedisServer) -> None:
+        """Id and position, and by then it is in the topic's stream; its life is found by its id."""
+        answers = [await publish(gateway, {"topic": "room.7"}, n, type="said") for n in range(3)]
+        body = json.loads(answers[2].body)
+        life = json.loads((await gateway.get(f"{PATH}/{body['id']}", KEY)).body)
+
+        assert {202} == {answer.status for answer in answers}
+        kept = inbox(redis, ledger.Topic("room.7"))
+        assert [b"1", b"2"] == [entry[b"p"] for entry in kept]
+        assert body["id"] == kept[1][b"i"].decode()
+        place = position.parse(body["position"])
+        assert place is not None
+        assert ("", 3) == (place.user, position.seq_of(place.all))
+        assert ({"topic": "room.7"}, "said", 3) == (life["to"], life["type"], life["seq"])
+
+    async def test_to_a_live_topic(self, gateway: GatewayProcess, redis: RedisServer) -> None:
+        """Whoever is subscribed hears of it; there is no id, and nothing is kept."""
+        with Caller(redis.path) as listener:
+            listener.ask("SUBSCRIBE", "topic:ticker")
+            answer = await publish(gateway, {"topic": "ticker"}, 7, key="acme")
+            heard = listener.next()
+
+        assert (202, {"id": None, "position": None}) == (answer.status, json.loads(answer.body))
+        assert {"type": "notification", "payload": 7, "key": "acme"} == json.loads(heard[2])  # type: ignore[index]
+        assert [] == inbox(redis, ledger.Topic("ticker"))
+
+    async def test_to_several_topics(self, gateway: GatewayProcess) -> None:
+        """A line per topic, each once; what is wrong with one is said of that one."""
+        to = {"topics": ["room.8", "ticker", "room.8", "a b"]}
+        answer = await publish(gateway, to, collapse_key="c")
+
+        assert 202 == answer.status
+        lines = json.loads(answer.body)["notifications"]
+        assert ["room.8", "ticker", "a b"] == [line["topic"] for line in lines]
+        assert ledger.partition(ledger.Topic("room.8")) == ledger.partition_of(lines[0]["id"])
+        assert "collapse_key means nothing for ticker, which is a live topic." == lines[1]["error"]
+        assert [422, 422] == [line["status"] for line in lines[1:]]
+        alone = await publish(gateway, {"topic": "ticker"}, ttl=60)
+        assert (422, True) == (alone.status, "ttl means nothing" in problem(alone))
 
     async def test_ephemeral(self, gateway: GatewayProcess, redis: RedisServer) -> None:
         """With ttl 0 nothing is kept: it goes out as a raw publication, without an id."""

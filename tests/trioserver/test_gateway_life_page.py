@@ -95,3 +95,10 @@ def test_what_is_not_known_is_null() -> None:
         told["accepted_at"],
         told["why"],
     )
+
+
+def test_of_a_topic() -> None:
+    """It says which."""
+    told = json.loads(life_page(attrs.evolve(NOTHING, id="t03-x", user=None, topic="room.7")))
+
+    assert ({"topic": "room.7"}, []) == (told["to"], told["devices"])

@@ -72,14 +72,18 @@ def test_everything() -> None:
 
 
 def test_recipients() -> None:
-    """One, several (each once, in order), or everyone."""
+    """One, several (each once, in order), everyone, or topics likewise."""
     one = ask(simple())
     several = ask(simple(to={"users": ["b", "a", "b"]}))
     everyone = ask(simple(to={"all": True}))
+    topic = ask(simple(to={"topic": "room"}, key="k"))
+    topics = ask(simple(to={"topics": ["b", "a", "b"]}))
 
     assert ("42", None) == (one.user, one.users)
     assert (None, ("b", "a")) == (several.user, several.users)
     assert (None, None) == (everyone.user, everyone.users)
+    assert ("room", None, "k") == (topic.topic, topic.user, topic.options["key"])
+    assert (None, ("b", "a"), None) == (topics.topic, topics.topics, topics.users)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +119,13 @@ def test_durations(value: object, seconds: float | None) -> None:
         (simple(to={"users": []}), '"users" is empty'),
         (simple(to={"users": ["u"] * (MAX_USERS + 1)}), "length <= 1000"),
         (simple(to={"user": 42}), "Expected `str"),
-        (simple(to={"topic": "x"}), "unknown field `topic`"),
+        (simple(to={"user": "42", "topic": "x"}), '"to" is one of'),
+        (simple(to={"topic": "x", "all": True}), '"to" is one of'),
+        (simple(to={"topic": "x", "topics": ["y"]}), '"to" is one of'),
+        (simple(to={"topics": []}), '"topics" is empty'),
+        (simple(to={"topics": ["t"] * (MAX_USERS + 1)}), "length <= 1000"),
+        (simple(to={"room": "x"}), "unknown field `room`"),
+        (simple(key=7), "Expected `str"),
         (simple(idempotencykey="x"), "unknown field `idempotencykey`"),
         (simple(ttl=-1), ">= 0"),
         (simple(ttl=True), "got `bool`"),

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tests.trioserver.test_outbox import Owner, drain, fill
 from tests.trioserver.wire import Pair
 from trioserver.hub import Hub
-from trioserver.outbox import Outbox, OutboxLimits
+from trioserver.outbox import Outbox, OutboxLimits, Turn
 
 TOPICS = [b"user_noti:ann", b"user_noti:bob", b"channels:broadcast"]
 COUNT = 4
@@ -63,6 +63,8 @@ class HubMachine(RuleBasedStateMachine):
         open_ones = [who for who in self.model[topic] if not self.outboxes[who].closed]
         refused = len(self.model[topic]) - len(open_ones)
         assert (len(open_ones), refused) == self.hub.deliver(topic, frame)
+        for outbox in self.outboxes:
+            outbox.release()
         for who in open_ones:
             self.expected[who] += frame
 
@@ -105,6 +107,8 @@ def test_a_topic_grows_and_shrinks_by_one(count: int) -> None:
             assert left == set(hub.outboxes(topic))
             assert bool(left) == (topic in hub) == bool(len(hub))
             assert (len(left), 0) == hub.deliver(topic, b"x")
+            for one in left:
+                one.release()
             for pair, one in zip(pairs, all_of_them, strict=True):
                 assert (b"x" if one in left else b"") == drain(pair.client)
         for pair in pairs:
@@ -176,8 +180,11 @@ def test_outboxes_that_break_during_a_delivery_disturb_nobody() -> None:
             pair.server.shutdown(1)
         elif i % 3 == 2:
             fill(owner.outbox)
-    assert (3, 6) == hub.deliver(topic, b"frame")
-    assert (3, 0) == hub.deliver(topic, b"again")
+    turn = Turn()
+    for count, frame in ((9, b"frame"), (3, b"again")):
+        assert (count, 0) == hub.deliver(topic, frame)
+        turn.outboxes = [owner.outbox for owner in owners]
+        assert count - 3 == turn.over()
     for i, pair in enumerate(pairs):
         if i % 3 == 0:
             assert b"frameagain" == drain(pair.client)
@@ -194,6 +201,7 @@ def test_the_only_outbox_of_a_topic_may_leave_during_its_delivery() -> None:
         owner = Leaving(hub, topic)
         owner.join(Outbox(pair.server, OutboxLimits(), owner))
         pair.server.shutdown(1)
-        assert (0, 1) == hub.deliver(topic, b"frame")
+        assert (1, 0) == hub.deliver(topic, b"frame")
+        assert not owner.outbox.release()
         assert topic not in hub
         assert (0, 0) == hub.deliver(topic, b"frame")

@@ -13,19 +13,33 @@ from tests.redis_server import RedisServer
 from tests.running import eventually
 from tests.trioserver.ledger_calls import Caller, Ears, Heard
 from trioserver import ledger
-from trioserver.ledger import Accepted, Command, Gap, Notice, Notification, Page, Rules
+from trioserver.ledger import (
+    Accepted,
+    Command,
+    Gap,
+    Notice,
+    Notification,
+    Owner,
+    Page,
+    Rules,
+    Topic,
+    TopicRules,
+)
 
 ROOM: Final = 5
 RULES: Final = Rules(max_length=ROOM)
+TOPIC_RULES: Final = TopicRules(max_length=ROOM)
 DAY: Final = 86_400_000
 SECONDS: Final = 5.0
-
-Owner = str | None
 
 ODD: Final = "ü {p07} %:*"
 """A user with everything that must not get into a key, a hash tag above all."""
 
-OWNERS: Final[tuple[Owner, ...]] = (*(f"user-{number}" for number in range(60)), ODD, "all", None)
+OWNERS: Final[tuple[Owner, ...]] = (
+    *(f"user-{number}" for number in range(60)),
+    *(Topic(f"room:{number}") for number in range(20)),
+    *(ODD, "all", None),
+)
 
 
 class Nodes:
@@ -50,7 +64,8 @@ class Nodes:
             id=ledger.new_id(home(owner), self.now()),
             **options,
         )
-        return ledger.accepted(self.run(ledger.publish(notification, rules=RULES)))
+        rules = TOPIC_RULES if isinstance(owner, Topic) else RULES
+        return ledger.accepted(self.run(ledger.publish(notification, rules=rules)))
 
     def read(self, owner: Owner, device: str) -> Page:
         """Let a device connect."""
@@ -111,7 +126,16 @@ def nodes(cluster: RedisCluster) -> Iterator[Nodes]:
 
 def home(owner: Owner) -> str:
     """Return the owner's partition, by the rule and not by the product's function."""
+    if isinstance(owner, Topic):
+        return f"t{zlib.crc32(owner.name.encode()) % 16:02d}"
     return "all" if owner is None else f"p{zlib.crc32(owner.encode()) % 64:02d}"
+
+
+def channel(owner: Owner) -> str:
+    """Return where the owner's notifications are announced."""
+    if isinstance(owner, Topic):
+        return f"topic:{owner.name}"
+    return "channels:broadcast" if owner is None else f"user_noti:{owner}"
 
 
 def use_publishers(nodes: Nodes, owner: Owner) -> None:
@@ -119,9 +143,10 @@ def use_publishers(nodes: Nodes, owner: Owner) -> None:
     first = nodes.publish(owner, idempotency_key="once", collapse_key="ü:{}")
     again = nodes.publish(owner, idempotency_key="once", collapse_key="ü:{}")
     assert (first.id, "duplicate") == (again.id, again.outcome)
-    nodes.publish(owner, collapse_key="ü:{}", fallback_after_ms=DAY)
+    more: dict[str, int] = {} if isinstance(owner, Topic) else {"fallback_after_ms": DAY}
+    nodes.publish(owner, collapse_key="ü:{}", **more)
     for at in (DAY, 2 * DAY):
-        later = nodes.publish(owner, deliver_at_ms=nodes.now() + at, fallback_after_ms=DAY)
+        later = nodes.publish(owner, deliver_at_ms=nodes.now() + at, **more)
         assert "scheduled" == later.outcome
     assert "cancelled" == nodes.cancel(owner, later)
     withdrawn = nodes.publish(owner)
@@ -133,10 +158,12 @@ def use_publishers(nodes: Nodes, owner: Owner) -> None:
 def use_devices(nodes: Nodes, owner: Owner) -> None:
     """Run what workers run, in each of its ways."""
     page = nodes.read(owner, "d")
-    assert [Gap, *[Notice] * ROOM] == [type(item) for item in page.items]
+    # Who begins with a topic is not told what was before.
+    before = [] if isinstance(owner, Topic) else [Gap]
+    assert [*before, *[Notice] * ROOM] == [type(item) for item in page.items]
     last = page.items[-1]
     assert isinstance(last, Notice)
-    if owner is None:
+    if not isinstance(owner, str):
         return
     point = f"{page.epoch}.{page.reached}"
     nodes.report(owner, sent=point, all_point=point)
@@ -157,7 +184,7 @@ def test_every_script_serves_users_of_all_partitions(nodes: Nodes) -> None:
     for where in homes:
         assert nodes.due(where) > 0
     for node in nodes.cluster.nodes:
-        tags = {re.sub(r"^ts:\{(p\d\d|all)\}:.*", r"\1", key) for key in keys_of(node)}
+        tags = {re.sub(r"^ts:\{([pt]\d\d|all)\}:.*", r"\1", key) for key in keys_of(node)}
         assert tags
         assert tags <= homes
         homes -= tags
@@ -171,7 +198,7 @@ def keys_of(node: RedisServer) -> list[str]:
     return [key.decode() for key in reply]
 
 
-@pytest.mark.parametrize("owner", ["ann", ODD, None])
+@pytest.mark.parametrize("owner", ["ann", ODD, None, Topic("a:b/c~d")])
 def test_scripts_touch_only_keys_with_the_tag_of_the_one_they_are_given(
     nodes: Nodes, owner: Owner
 ) -> None:
@@ -187,8 +214,10 @@ def test_scripts_touch_only_keys_with_the_tag_of_the_one_they_are_given(
     touched = {key for command in commands for key in touched_by(node, command)}
 
     kinds = {"meta", "inbox", "holes", "cursors", "idem", "collapse", "n", "due", "events"}
-    if owner is None:
+    if not isinstance(owner, str):
         kinds.remove("cursors")
+    if isinstance(owner, Topic):
+        kinds.remove("events")
     assert kinds == {key.split(":")[2] for key in touched}
     assert all(key.startswith(f"ts:{{{home(owner)}}}:") for key in touched)
 
@@ -233,8 +262,7 @@ def test_what_is_published_is_heard_on_every_node(nodes: Nodes) -> None:
         published = nodes.publish(owner)
         for listener in ears:
             [heard] = hear(listener, published, 1)
-            channel = "channels:broadcast" if owner is None else f"user_noti:{owner}"
-            assert ("n", channel) == (heard.kind, heard.channel)
+            assert ("n", channel(owner)) == (heard.kind, heard.channel)
     for listener in ears:
         listener.close()
 

@@ -10,7 +10,7 @@ import pytest
 from tests.redis_server import RedisServer
 from tests.trioserver.ledger_calls import Caller
 from trioserver import ledger, life
-from trioserver.ledger import Accepted, Notification, Rules
+from trioserver.ledger import Accepted, Notification, Owner, Rules, Topic
 from trioserver.life import Device, DeviceLife, Look, Standing, Trace
 
 RULES: Final = Rules()
@@ -24,10 +24,9 @@ def caller(tmp_path: Path) -> Iterator[Caller]:
         yield caller
 
 
-def publish(caller: Caller, user: str | None = "ann", **options: Any) -> Accepted:
+def publish(caller: Caller, user: Owner = "ann", **options: Any) -> Accepted:
     """Publish something."""
-    home = ledger.EVERYONE if user is None else ledger.partition(user)
-    name = ledger.new_id(home, caller.now())
+    name = ledger.new_id(ledger.partition(user), caller.now())
     options = {"payload": b"1", "ttl_ms": HOUR, **options}
     notification = Notification(user=user, id=name, **options)
     return ledger.accepted(caller.run(ledger.publish(notification, rules=RULES)))
@@ -291,6 +290,16 @@ def test_a_device_that_was_forgotten_is_told_of(caller: Caller) -> None:
     [phone] = traced(caller, accepted.id).devices
 
     assert phone.received is not None
+
+
+def test_whose_it_is(caller: Caller) -> None:
+    """A user's, everyone's or a topic's, also if they have the same name."""
+    owners: list[Owner] = ["all", None, Topic("all")]
+    lives = [traced(caller, publish(caller, owner).id) for owner in owners]
+
+    assert owners == [one.owner for one in lives]
+    assert ["all", None, None] == [one.user for one in lives]
+    assert [None, None, "all"] == [one.topic for one in lives]
 
 
 def test_everyone_and_what_is_not_due(caller: Caller) -> None:

@@ -94,6 +94,10 @@ def test_a_life_without_devices() -> None:
     assert "  order.shipped, for everyone, seq 57" == everyone.splitlines()[1]
     assert "device" not in everyone
 
+    topic = trace_text(attrs.evolve(TRACE, user=None, topic="room.7", devices=()))
+    assert "  order.shipped, for topic room.7, seq 57" == topic.splitlines()[1]
+    assert "device" not in topic
+
 
 def test_a_life_that_has_not_begun() -> None:
     """What is scheduled has no seq; what was withdrawn has a reason."""

@@ -14,8 +14,10 @@ def listening(**options: Any) -> Listening:
 
 def shown(one: Listening, **message: Any) -> dict[str, Any] | None:
     """Let a message be shown; return what is answered."""
-    answer, _ = one.shown(json.dumps(message))
-    return json.loads(answer) if answer else None
+    answers, _ = one.shown(json.dumps(message))
+    (answer,) = answers or [b"null"]
+    found: dict[str, Any] | None = json.loads(answer)
+    return found
 
 
 def test_the_address_says_what_is_wanted() -> None:
@@ -80,7 +82,23 @@ def test_goodbye() -> None:
     """It asks for a pause; other messages, and what is no message, do not."""
     one = listening(position="1.a.1-1")
 
-    assert (b"", 1.5) == one.shown('{"type":"goodbye","reconnect_in_ms":1500}')
+    assert ([], 1.5) == one.shown('{"type":"goodbye","reconnect_in_ms":1500}')
     for other in ('{"type":"notification","payload":"goodbye"}', "no json", b"\xff", "[1]", "{}"):
-        assert (b"", None) == one.shown(other)
+        assert ([], None) == one.shown(other)
     assert "1.a.1-1" == one.position
+
+
+def test_topics_are_asked_for_on_each_connection_from_where_they_were_left() -> None:
+    """A position in a topic is the topic's, and never taken for that of the user's own stream."""
+    one = listening(topics={"news": "", "chat": ""})
+    answers, _ = one.shown('{"type":"connection_established","position":"1.a.1-1"}')
+    assert [
+        {"type": "subscribe", "topic": "news"},
+        {"type": "subscribe", "topic": "chat"},
+    ] == [json.loads(answer) for answer in answers]
+    assert shown(one, type="subscribed", topic="news", position="1.0.0-0.b.1-1") is None
+    assert shown(one, type="x", topic="news", id="t01-x", position="1.0.0-0.b.2-2") is None
+    assert shown(one, type="x", topic="other", position="1.0.0-0.b.9-9") is None
+    assert ("1.a.1-1", {"news": "1.0.0-0.b.2-2", "chat": ""}) == (one.position, one.topics)
+    answers, _ = one.shown('{"type":"connection_established"}')
+    assert "1.0.0-0.b.2-2" == json.loads(answers[0])["since"]

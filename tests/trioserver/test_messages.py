@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trioserver import messages
 from trioserver.errors import ClientError
 from trioserver.ledger import MAX_MARKED
-from trioserver.messages import BadPublish, notification_from_raw
+from trioserver.messages import BadPublish, notification, publication
 
 refs = st.none() | st.text(st.characters(codec="utf-8"), max_size=64)
 json_values = st.recursive(
@@ -224,11 +224,11 @@ def test_defaults_of_what_clients_may_leave_out() -> None:
             },
         ),
         (
-            messages.Gap(0, 0, 0, "epoch"),
+            messages.Gap(from_seq=0, to_seq=0, missing=0, reason="epoch"),
             {"type": "gap", "from_seq": 0, "to_seq": 0, "missing": 0, "reason": "epoch"},
         ),
         (
-            messages.Gap(1, 9, 8, "trimmed", "all"),
+            messages.Gap(from_seq=1, to_seq=9, missing=8, reason="trimmed", stream="all"),
             {
                 "type": "gap",
                 "from_seq": 1,
@@ -302,7 +302,7 @@ def test_any_stored_bytes_become_json(payload: bytes) -> None:
 
 def published(data: bytes, limit: int = 0) -> dict[str, object]:
     """Return what clients get for a raw publication."""
-    found = json.loads(notification_from_raw(data, "2026-11-20T06:19:42.000Z", limit))
+    found = json.loads(notification(publication(data, limit), "2026-11-20T06:19:42.000Z"))
     assert isinstance(found, dict)
     return found
 
@@ -382,7 +382,7 @@ def test_malformed_publications_are_refused(data: bytes) -> None:
 def test_what_is_accepted_is_json_in_utf8(data: bytes) -> None:
     """Any bytes are refused with BadPublish or become a frame that every client can parse."""
     try:
-        frame = notification_from_raw(data, "T", 0)
+        frame = notification(publication(data, 0), "T")
     except BadPublish:
         return
     json.loads(frame.decode(), parse_constant=pytest.fail)
@@ -411,6 +411,30 @@ def test_raw_publish_makes_what_is_understood() -> None:
     for payload in (b"", b"{", b"\xff", b'"\xff"', b"NaN", b"[" * 100_000):
         with pytest.raises(BadPublish):
             messages.raw_publish("mail", payload)
+
+
+@pytest.mark.parametrize("level", [(b"[", b"]"), (b'{"a":', b"}"), (b' [ "]", ', b"]")])
+@pytest.mark.parametrize("depth", [1, messages.MAX_DEPTH, messages.MAX_DEPTH + 1, 900])
+def test_how_deep_a_payload_is(level: tuple[bytes, bytes], depth: int) -> None:
+    """Whatever it is nested of: exactly so many levels may be."""
+    opens, closes = level
+    payload = opens * depth + b"1" + closes * depth
+    assert (depth > messages.MAX_DEPTH) is messages.is_too_deep(msgspec.Raw(payload))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'"' + b"[" * 2000 + b'"',
+        b'"' + b'\\"[' * 2000 + b'"',
+        b'{"\\\\":"' + b"{" * 2000 + b'"}',
+        b"[" + b",".join([b"[[]]"] * 1000) + b"]",
+    ],
+)
+def test_what_only_looks_deep(payload: bytes) -> None:
+    """Brackets in text, and many beside each other, are no levels."""
+    msgspec.json.decode(payload)
+    assert not messages.is_too_deep(msgspec.Raw(payload))
 
 
 # Times.

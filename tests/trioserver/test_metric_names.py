@@ -49,7 +49,7 @@ def a_page() -> str:
     nothing = Usage(cpu_seconds=0.0, resident_bytes=0, open_fds=0)
     roles = ("worker-0", "worker-1", "gateway", "supervisor", "redis")
     more = pool_metrics(
-        pool(worker(0), worker(1)), dict.fromkeys(roles, nothing), RedisPing(seconds=None)
+        pool(worker(0), worker(1)), dict.fromkeys(roles, nothing), RedisPing(seconds=None), users=0
     )
     return metrics_page.prometheus_page(scraped, more).decode()
 

@@ -1,6 +1,7 @@
 """The outbox over real sockets with tiny buffers, against a list as its model."""
 
 import contextlib
+import json
 import random
 import socket
 import zlib
@@ -10,11 +11,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.trioserver.wire import Pair
+from tests.trioserver.wire import Pair, split_frames
 from trioserver import frames
 from trioserver.deflate import Compressor
 from trioserver.envelope import Change, Entry
-from trioserver.outbox import CROWD_BYTES, Budget, DeflatingOutbox, Outbox, OutboxLimits
+from trioserver.outbox import (
+    CROWD_BYTES,
+    JOINED_BYTES,
+    Budget,
+    DeflatingOutbox,
+    Outbox,
+    OutboxLimits,
+)
+from trioserver.slow_policies import Policy
+from trioserver.soft import Soft
 
 
 class Owner:
@@ -25,6 +35,7 @@ class Owner:
         self.overflows = 0
         self.breaks = 0
         self.entries: list[tuple[Entry, bool]] = []
+        self.of_topics: list[tuple[bytes, Entry, bytes]] = []
 
     def blocked(self) -> None:
         """Count."""
@@ -41,6 +52,11 @@ class Owner:
     def entered(self, entry: Entry, *, everyone: bool) -> bool:
         """Keep it."""
         self.entries.append((entry, everyone))
+        return True
+
+    def entered_topic(self, topic: bytes, entry: Entry, frame: bytes) -> bool:
+        """Keep it."""
+        self.of_topics.append((topic, entry, frame))
         return True
 
 
@@ -384,11 +400,16 @@ def inflated(data: bytes) -> tuple[bytes, bytes]:
     return text, data[2 + size :]
 
 
+def deliver_with(outbox: Outbox, frame: bytes) -> bool:
+    """Deliver a frame and a ping in one turn; return whether both will go out."""
+    return outbox.deliver(frame) and outbox.hold(PING) and outbox.release()
+
+
 def test_a_frame_leaves_together_with_its_ping() -> None:
     """In this order and in one write, so that the pong speaks of the frame before it."""
     with Pair() as pair:
         outbox, owner = made(pair)
-        assert outbox.deliver_with(b"frame", PING)
+        assert deliver_with(outbox, b"frame")
         assert b"frame" + PING == drain(pair.client)
         assert outbox.empty
         assert 0 == owner.blocks
@@ -398,11 +419,11 @@ def test_a_ping_behind_a_compressed_frame_is_not_compressed() -> None:
     """RFC 7692: a control frame never is."""
     with Pair(1 << 16) as pair:
         outbox, _ = made_deflating(pair)
-        assert outbox.deliver_with(WORDS, PING)
+        assert deliver_with(outbox, WORDS)
         data = drain(pair.client)
         assert len(data) < len(WORDS)
         assert (frames.payload_of(WORDS), PING) == inflated(data)
-        assert outbox.deliver_with(frames.encode_text(b"{}"), PING)
+        assert deliver_with(outbox, frames.encode_text(b"{}"))
         assert frames.encode_text(b"{}") + PING == drain(pair.client)
 
 
@@ -411,9 +432,10 @@ def test_a_frame_is_compressed_once_with_and_without_a_ping() -> None:
     with Pair(1 << 16) as pair:
         outbox, _ = made_deflating(pair)
         assert outbox.deliver(WORDS)
+        assert outbox.release()
         alone = drain(pair.client)
         packed = outbox._compressor._packed
-        assert outbox.deliver_with(WORDS, PING)
+        assert deliver_with(outbox, WORDS)
         assert alone + PING == drain(pair.client)
         assert packed is outbox._compressor._packed
 
@@ -430,7 +452,7 @@ def test_a_frame_and_its_ping_wait_and_are_refused_together(*, deflating: bool) 
             head = frames.encode_text(noise)[:4]
             room = 20_000 - outbox.waiting_bytes - len(head) - len(PING)
             frame = frames.encode_text(noise[: room + too_much])
-            assert bool(too_much) != outbox.deliver_with(frame, PING)
+            assert bool(too_much) != deliver_with(outbox, frame)
             assert (too_much, bool(too_much)) == (owner.overflows, outbox.closed)
             assert too_much or 20_000 == outbox.waiting_bytes
             assert bool(too_much) != everything(outbox, pair).endswith(frame + PING)
@@ -442,7 +464,7 @@ def test_a_frame_and_its_ping_are_held_while_corked(*, deflating: bool) -> None:
     with Pair(1 << 16) as pair:
         outbox, _ = (made_deflating if deflating else made)(pair)
         outbox.cork()
-        assert outbox.deliver_with(b"\x81\x05frame", PING)
+        assert deliver_with(outbox, b"\x81\x05frame")
         assert b"" == drain(pair.client)
         outbox.uncork(b"first")
         assert b"first\x81\x05frame" + PING == drain(pair.client)
@@ -454,8 +476,8 @@ def test_a_frame_and_its_ping_on_a_broken_socket(*, deflating: bool) -> None:
     with Pair() as pair:
         outbox, owner = (made_deflating if deflating else made)(pair)
         pair.server.shutdown(socket.SHUT_WR)
-        assert not outbox.deliver_with(WORDS, PING)
-        assert not outbox.deliver_with(WORDS, PING)
+        assert not deliver_with(outbox, WORDS)
+        assert not deliver_with(outbox, WORDS)
         assert (1, 0) == (owner.breaks, owner.overflows)
 
 
@@ -561,3 +583,176 @@ def test_who_finds_no_room_is_not_asked_for_every_byte() -> None:
     budget.take(-1000)
     budget.take(700)
     assert 4 == len(asked)
+
+
+class Counted(socket.socket):
+    """A socket that counts its writes."""
+
+    writes = 0
+
+    def send(self, data: object, flags: int = 0) -> int:
+        """Count, and write."""
+        self.writes += 1
+        return super().send(data, flags)  # type: ignore[arg-type] # whatever the outbox gives
+
+    def sendmsg(self, *arguments: object) -> int:
+        """Count, and write."""
+        self.writes += 1
+        return super().sendmsg(*arguments)  # type: ignore[arg-type] # the same
+
+
+TEXTS = [frames.encode_text(b'{"n":%d}' % number) for number in range(5)]
+
+
+@pytest.mark.parametrize("deflating", [False, True])
+def test_what_is_delivered_in_one_turn_leaves_in_one_write(*, deflating: bool) -> None:
+    """Nothing goes out before the turn is over; then all of it, in order, at once."""
+    with Pair(1 << 16) as pair:
+        counted = Counted(fileno=pair.server.detach())
+        with counted:
+            limits = OutboxLimits()
+            made_one = (
+                DeflatingOutbox(counted, limits, Owner(), Compressor())
+                if deflating
+                else Outbox(counted, limits, Owner())
+            )
+            for text in TEXTS:
+                assert made_one.deliver(text)
+            assert (0, [made_one]) == (counted.writes, limits.turn.outboxes)
+            assert 0 == limits.turn.over()
+            assert (1, b"".join(TEXTS)) == (counted.writes, drain(pair.client))
+            assert 0 == limits.turn.over()
+            assert 1 == counted.writes
+
+
+def test_who_takes_several_messages_in_one_frame_gets_an_array() -> None:
+    """A client that has asked for it; what comes alone stays alone, pings stay pings."""
+    with Pair(1 << 16) as pair:
+        outbox, _ = made(pair)
+        outbox.joins = True
+        for text in TEXTS:
+            outbox.deliver(text)
+        outbox.hold(PING)
+        outbox.release()
+        array = b"[" + b",".join(frames.payload_of(text) for text in TEXTS) + b"]"
+        assert frames.encode_text(array) + PING == drain(pair.client)
+        outbox.deliver(TEXTS[0])
+        outbox.release()
+        assert TEXTS[0] == drain(pair.client)
+
+
+def test_what_is_offered_meanwhile_comes_behind() -> None:
+    """An answer does not overtake what was delivered before it; neither does the farewell."""
+    with Pair(1 << 16) as pair:
+        outbox, _ = made(pair)
+        outbox.deliver(b"one")
+        outbox.offer(b"two")
+        outbox.deliver(b"three")
+        outbox.finish(b"bye")
+        assert outbox.release()
+        assert b"onetwothreebye" == drain(pair.client)
+        assert not outbox.deliver(b"late")
+
+
+def test_what_is_held_is_given_up_with_the_rest() -> None:
+    """Who is thrown out as too slow gets nothing more but the farewell."""
+    with Pair(1 << 16) as pair:
+        outbox, _ = made(pair)
+        outbox.deliver(b"one")
+        outbox.finish(b"bye", drop=True)
+        assert outbox.release()
+        assert b"bye" == drain(pair.client)
+
+
+def test_what_is_held_while_corked_comes_behind_the_first() -> None:
+    """The first message is the first, whatever comes in the turn in which it is sent."""
+    with Pair(1 << 16) as pair:
+        outbox, _ = made(pair)
+        outbox.cork()
+        outbox.deliver(b"held")
+        outbox.uncork(b"first")
+        outbox.release()
+        assert b"firstheld" == drain(pair.client)
+
+
+def test_a_fast_client_may_get_more_in_a_turn_than_may_wait() -> None:
+    """The bounds are about what waits; what is put together must not pass them by itself."""
+    with Pair(1 << 20) as pair:
+        outbox, owner = made(pair, 1000)
+        for _ in range(50):
+            outbox.deliver(b"\x81" + b"x" * 99)
+        assert outbox.release()
+        assert 0 == owner.overflows
+        assert 5000 == len(drain(pair.client))
+
+
+def test_an_entry_of_a_topic_goes_to_the_owner_with_its_frame() -> None:
+    """The frame is the same for all, so that it is made once."""
+    entry = Change("e0.0-0", "e0.1-1", 0, "read", ["t07-x"])
+    with Pair() as pair:
+        outbox, owner = made(pair)
+        assert outbox.enter_topic(b"topic:news", entry, b"frame")
+        assert [(b"topic:news", entry, b"frame")] == owner.of_topics
+        assert b"" == drain(pair.client)
+
+
+def softs(count: int, size: int) -> list[Soft]:
+    """Return frames of a ticker that may be given up."""
+    return [
+        Soft(
+            frames.encode_text(b'{"n":%d,"x":"%b"}' % (number, b"x" * size)),
+            Policy.DROP_OLDEST,
+            "ticker",
+            "t",
+        )
+        for number in range(count)
+    ]
+
+
+def test_what_is_held_behind_a_frame_that_is_given_up_goes_out() -> None:
+    """A soft frame that finds no room costs itself, and nothing that came with it."""
+    with Pair() as pair:
+        outbox, owner = made(pair, 20_000, 4)
+        fill(outbox)
+        large = softs(1, 30_000)[0]
+        for frame in (large, TEXTS[0], TEXTS[1]):
+            assert outbox.deliver(frame)
+        assert not outbox.release()
+        assert 0 == owner.overflows
+        assert everything(outbox, pair).endswith(TEXTS[0] + TEXTS[1])
+
+
+def test_soft_frames_alone_never_end_a_connection_however_many_come_in_a_turn() -> None:
+    """What is put together for a client that keeps up is not put together for one that does not."""
+    with Pair() as pair:
+        outbox, owner = made(pair, 200_000)
+        for frame in softs(128, 10_000):
+            outbox.deliver(frame)
+        outbox.release()
+        assert (0, False) == (owner.overflows, outbox.closed)
+        found, rest = split_frames(everything(outbox, pair))
+        assert b"" == rest
+        messages = [json.loads(payload) for _, payload in found]
+        missing = sum(one["missing"] for one in messages if one.get("type") == "gap")
+        numbers = [one["n"] for one in messages if "n" in one]
+        assert 128 == missing + len(numbers)
+        assert numbers == sorted(numbers)
+        assert 127 == numbers[-1]
+
+
+def test_a_soft_frame_alone_in_a_turn_stays_soft() -> None:
+    """Only what leaves with others is written as one with them."""
+    with Pair() as pair:
+        outbox, owner = made(pair, 20_000)
+        outbox.deliver(softs(1, 30_000)[0])
+        outbox.release()
+        assert (0, False) == (owner.overflows, outbox.closed)
+
+
+def test_much_in_one_turn_goes_out_before_it_is_over() -> None:
+    """What is held is bounded as well."""
+    with Pair(1 << 20) as pair:
+        outbox, _ = made(pair)
+        for _ in range(JOINED_BYTES // 10_000 + 1):
+            outbox.deliver(b"\x81" + b"x" * 9_999)
+        assert drain(pair.client)

@@ -20,10 +20,10 @@ from tests.redis_server import RedisServer, free_port, wait_until
 from tests.toxic import Toxic
 from tests.trioserver.ledger_calls import Caller, Ears
 from tests.trioserver.publishing import FRONTS, Front, plain_asyncio
-from trioserver import ledger
+from trioserver import kept_topics, ledger
 from trioserver.endpoint import Endpoint
 from trioserver.errors import RedisRefused, RedisUnavailable, SettingsError
-from trioserver.ledger import Accepted
+from trioserver.ledger import Accepted, Command, Owner, Topic
 from trioserver.publisher import (
     AsyncioPublisher,
     Ephemeral,
@@ -33,13 +33,15 @@ from trioserver.publisher import (
     PublishInterrupted,
     PublishRefused,
     RateLimited,
+    TopicRules,
     TrioPublisher,
 )
-from trioserver.publisher.asking import BATCH_COMMANDS, Asking
+from trioserver.publisher.asking import BATCH_COMMANDS, HEARD_SECONDS, Asking
 from trioserver.publisher.attempts import Exchange, Outcome, Steps
 from trioserver.redis_direct import BlockingLink
 from trioserver.redis_link import open_link
 from trioserver.settings import Settings
+from trioserver.topics import Patterns
 
 LIMIT: Final = 30.0
 DEFAULTS: Final = Settings(data_dir=Path("/"))
@@ -92,7 +94,7 @@ async def proxied(redis: RedisServer) -> AsyncIterator[tuple[Toxic, Endpoint]]:
             nursery.cancel_scope.cancel()
 
 
-def inbox(redis: RedisServer, user: str | None) -> list[dict[bytes, bytes]]:
+def inbox(redis: RedisServer, user: Owner) -> list[dict[bytes, bytes]]:
     """Return what is kept for a user, in order."""
     entries = redis.command("XRANGE", ledger.key("inbox", user), "-", "+")
     assert isinstance(entries, list)
@@ -165,12 +167,20 @@ def test_ephemeral(front: Front, redis: RedisServer) -> None:
         {"user": ""},
         {"user": 42},
         {"everyone": False},
+        {"topic": "room", "user": "ann"},
+        {"topic": "room", "topics": ["room"]},
+        {"topic": "room", "everyone": True},
+        {"topics": "room"},
+        {"topic": ""},
+        {"topic": "a b"},
+        {"topic": "x" * 129},
+        {"topic": 42},
     ],
 )
 def test_wrong_recipients(
     publisher: Publisher, redis: RedisServer, recipients: dict[str, Any]
 ) -> None:
-    """One of three ways to say it; a mistake is refused and nothing is sent."""
+    """One of five ways to say it; a mistake is refused and nothing is sent."""
     untyped: Any = publisher
     with pytest.raises(PublishRefused):
         untyped.publish(1, **recipients)
@@ -276,6 +286,238 @@ def test_a_url_that_is_none(open_front: Open) -> None:
     """It is refused like the setting."""
     with pytest.raises(SettingsError, match="REDIS_URL"):
         open_front("http://example.com").publish(1, user="ann")
+
+
+# Topics
+
+NEWS: Final = TopicRules(durable=Patterns.of(("news.**",)), max_length=2, ttl_ms=60_000)
+
+
+def test_a_durable_topic(open_front: Open, redis: RedisServer) -> None:
+    """It is kept in the topic's stream, as long and as many as the rules say."""
+    front = open_front(redis.url, topics=NEWS)
+    with Ears(redis.path) as ears:
+        first, _, last = (front.publish(n, topic="news.eu", type="flash") for n in range(3))
+        heard = ears.heard()
+    kept = inbox(redis, Topic("news.eu"))
+
+    assert ("accepted", 1, 3) == (first.outcome, first.seq, last.seq)
+    assert ledger.partition(Topic("news.eu")) == ledger.partition_of(first.id)
+    assert f"1.0.0-0.{heard[2].point}" == last.position
+    assert {"topic:news.eu"} == {one.channel for one in heard}
+    assert [b"1", b"2"] == [one[b"p"] for one in kept]
+    assert last.id.encode() == kept[1][b"i"]
+    assert 55 < int(kept[1][b"x"]) / 1000 - time.time() < 65
+    assert b"f" not in kept[1]
+
+
+def test_a_live_topic(front: Front, redis: RedisServer) -> None:
+    """It is a plain PUBLISH, with the key if there is one; Redis keeps nothing at all."""
+    with Caller(redis.path) as listener:
+        listener.ask("SUBSCRIBE", "topic:ticker.acme")
+        result = front.publish(7, topic="ticker.acme", type="price", key="acme")
+        _, channel, data = cast("list[bytes]", listener.next())
+        many = front.publish(8, topics=["ticker.acme", "", "ticker.acme", "other"], ttl=0)
+        _, _, plain = cast("list[bytes]", listener.next())
+
+    assert Ephemeral("", "", 0, "accepted", 1) == result
+    assert b"topic:ticker.acme" == channel
+    assert {"type": "price", "payload": 7, "key": "acme"} == msgspec.json.decode(data)
+    assert {"type": "notification", "payload": 8} == msgspec.json.decode(plain)
+    assert [1, 1, 0] == [many[number].receivers for number in (0, 2, 3)]
+    assert isinstance(many[1], PublishRefused)
+    assert 0 == redis.command("DBSIZE")
+
+
+def test_topics_of_both_kinds(open_front: Open, redis: RedisServer) -> None:
+    """Each is served in its way, and what one of them cannot have is a value."""
+    front = open_front(redis.url, topics=NEWS)
+    live, durable = front.publish(1, topics=["room", "news.eu"])
+    no, yes = front.publish(2, topics=["room", "news.eu"], idempotency_key="k")
+    again = front.publish(2, topic="news.eu", idempotency_key="k")
+
+    assert (("", 0), ("accepted", 1)) == ((live.id, live.receivers), (durable.outcome, durable.seq))
+    assert ("idempotency_key means nothing for room, which is a live topic", 2) == (
+        str(no),
+        yes.seq,
+    )
+    assert (yes.id, "duplicate") == (again.id, again.outcome)
+    assert [b"1", b"2"] == [one[b"p"] for one in inbox(redis, Topic("news.eu"))]
+
+
+@pytest.mark.parametrize(
+    ("options", "recipient", "problem"),
+    [
+        ({"fallback_after": 9}, {"topic": "news.eu"}, "fallback_after means nothing for a topic"),
+        ({"priority": True}, {"topic": "room"}, "priority means nothing for a topic"),
+        ({"ttl": 60}, {"topic": "room"}, "ttl means nothing for room, which is a live topic"),
+        ({"collapse_key": "k"}, {"topic": "room"}, "collapse_key means nothing for room"),
+        ({"deliver_at": 1}, {"topic": "room"}, "deliver_at means nothing for room"),
+        ({"key": "k"}, {"topic": "news.eu"}, "key is for live topics, and news.eu is durable"),
+        ({"key": "k"}, {"user": "ann"}, "key is for live topics"),
+        ({"key": "k"}, {"everyone": True, "ttl": 0}, "key is for live topics"),
+        ({"key": "k" * 65}, {"topic": "room"}, "key has 1 to 64 bytes"),
+        ({"key": ""}, {"topic": "room"}, "key has 1 to 64 bytes"),
+    ],
+)
+def test_what_means_nothing_for_a_topic(
+    redis: RedisServer, options: dict[str, Any], recipient: dict[str, Any], problem: str
+) -> None:
+    """It is refused with a sentence, before anything is sent."""
+    with Publisher(redis.url, topics=NEWS) as publisher:
+        untyped: Any = publisher
+        with pytest.raises(PublishRefused, match=f"^{problem}"):
+            untyped.publish(1, **recipient, **options)
+    assert 0 == redis.command("DBSIZE")
+
+
+def test_topics_by_the_servers_own_settings(open_front: Open, redis: RedisServer) -> None:
+    """They say what is durable, how many are kept, and behind which prefix a topic is live."""
+    settings = attrs.evolve(
+        DEFAULTS, channel_prefix="stage:", durable_topics=("room.*",), topic_history_length=1
+    )
+    front = open_front(redis.url, settings=settings)
+    with Ears(redis.path) as ears:
+        front.publish(1, topic="room.7")
+        last = front.publish(2, topic="room.7")
+        front.cancel(last.id)
+        assert {"stage:topic:room.7"} == {one.channel for one in ears.heard()}
+    trace = front.notification(last.id)
+
+    assert ("room.7", None, "cancelled") == (trace.topic, trace.user, trace.state)
+    with Caller(redis.path) as listener:
+        listener.ask("SUBSCRIBE", "stage:topic:news")
+        assert 1 == front.publish(3, topic="news").receivers
+
+
+def test_nothing_is_durable_if_nobody_says(publisher: Publisher, redis: RedisServer) -> None:
+    """Without settings, rules and servers every topic is live."""
+    assert isinstance(publisher.publish(1, topic="news.eu"), Ephemeral)
+    assert publisher.topic_rules() is None
+    assert 0 == redis.command("DBSIZE")
+
+
+@pytest.mark.parametrize("settings", [None, DEFAULTS])
+def test_who_was_told_nothing_goes_by_what_servers_say(
+    open_front: Open, redis: RedisServer, settings: Settings | None
+) -> None:
+    """What is durable for them is kept, as many and as long; they are asked now and then."""
+    redis.command(*kept_topics.said(NEWS))
+    front = open_front(redis.url, settings=settings)
+    redis.command("CONFIG", "RESETSTAT")
+    for number in range(3):
+        assert "accepted" == front.publish(number, topic="news.eu").outcome
+    live, durable = front.publish(3, topics=["room", "news.eu"])
+
+    assert 1 == redis.commands_seen("get")
+    assert ("", 4) == (live.id, durable.seq)
+    kept = inbox(redis, Topic("news.eu"))
+    assert [b"2", b"3"] == [one[b"p"] for one in kept]
+    assert 55 < int(kept[1][b"x"]) / 1000 - time.time() < 65
+    assert NEWS == front.topic_rules()
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"topics": TopicRules()},
+        {"settings": attrs.evolve(DEFAULTS, durable_topics=("other",))},
+    ],
+)
+def test_who_was_told_something_asks_nobody(redis: RedisServer, own: dict[str, Any]) -> None:
+    """Rules and settings that name durable topics are good without the servers."""
+    redis.command(*kept_topics.said(NEWS))
+    redis.command("CONFIG", "RESETSTAT")
+    with Publisher(redis.url, **own) as publisher:
+        assert isinstance(publisher.publish(1, topic="news.eu"), Ephemeral)
+        rules = publisher.topic_rules()
+    assert rules is not None
+    assert not rules.durable.matches("news.eu")
+    assert 0 == redis.commands_seen("get")
+
+
+def test_servers_may_change_their_mind() -> None:
+    """After a while they are asked again; what needs no answer does not ask."""
+    now = 100.0
+    asked: list[str] = []
+    word = kept_topics.said(NEWS)[2]
+
+    def answer(step: Exchange) -> Outcome:
+        [command] = step.commands
+        asked.append(str(command[0]))
+        return [word if command[0] == "GET" else 1]
+
+    asking = attrs.evolve(Asking.of(None, 3.5), clock=lambda: now)
+    perform(asking.publish(1, "ann", None, {"ttl": 0}), answer)
+    perform(asking.publish(1, None, None, {"ttl": 0}, topic="news.eu"), answer)
+    perform(asking.publish(1, None, None, {}, topic="room"), answer)
+    perform(asking.publish(1, None, None, {}, topic="room"), answer)
+    now += HEARD_SECONDS
+    perform(asking.publish(1, None, None, {}, topic="room"), answer)
+
+    assert ["PUBLISH"] * 2 + ["GET", "PUBLISH", "PUBLISH", "GET", "PUBLISH"] == asked
+
+
+@pytest.mark.parametrize(
+    ("reply", "error"),
+    [
+        (RedisUnavailable("no answer"), RedisUnavailable),
+        ([RedisRefused("OOM")], RedisRefused),
+    ],
+)
+def test_nothing_is_published_before_it_is_known_whether_to_keep_it(
+    reply: Outcome, error: type[Exception]
+) -> None:
+    """A Redis that does not say is no reason to take a topic for a live one."""
+    asked: list[Command] = []
+
+    def answer(step: Exchange) -> Outcome:
+        asked.extend(step.commands)
+        return reply
+
+    asking = Asking.of(None, 3.5)
+    with pytest.raises(error):
+        perform(asking.publish(1, None, None, {}, topic="news.eu"), answer)
+    with pytest.raises(PublishInterrupted, match="0 of 2 recipients"):
+        perform(asking.publish(1, None, None, {}, topics=["a", "news.b"]), answer)
+    with pytest.raises(error):
+        perform(asking.topic_rules(), answer)
+    assert {kept_topics.asked()} == set(asked)
+
+
+def test_who_may_not_hear_the_servers(redis: RedisServer) -> None:
+    """A publisher whose user in Redis may not read that key publishes as if none had spoken."""
+    redis.command(*kept_topics.said(NEWS))
+    redis.command("ACL", "SETUSER", "app", "on", ">pw", "allchannels", "+@all", "~ts:{t*")
+    where = f"redis://app:pw@127.0.0.1:{redis.port}/0"
+    with Publisher(where) as publisher:
+        assert isinstance(publisher.publish(1, topic="news.eu"), Ephemeral)
+        assert publisher.topic_rules() is None
+
+
+def test_cancel_of_a_topic(open_front: Open, redis: RedisServer) -> None:
+    """Withdrawn by its id alone, like any other."""
+    front = open_front(redis.url, topics=NEWS)
+    accepted = front.publish(1, topic="news.eu")
+
+    assert ("cancelled", "too late") == (front.cancel(accepted.id), front.cancel(accepted.id))
+    assert [b"cancelled"] == [one[b"u"] for one in inbox(redis, Topic("news.eu"))]
+
+
+def test_what_is_live_is_not_repeated_beside_what_is_durable() -> None:
+    """An unanswered PUBLISH might arrive twice; what is kept knows itself again."""
+    asked: list[Exchange] = []
+
+    def answer(step: Exchange) -> Outcome:
+        asked.append(step)
+        return RedisUnavailable("no answer")
+
+    steps = Asking.of(None, 3.5, NEWS).publish(1, None, None, {}, topics=["a", "news.b"])
+    with pytest.raises(PublishInterrupted, match="0 of 2 recipients"):
+        perform(steps, answer)
+
+    commands = [[str(command[0]) for command in step.commands] for step in asked]
+    assert [["EVALSHA"]] * 4 == commands
 
 
 # Round trips and repetitions
@@ -393,7 +635,7 @@ def test_a_full_redis(front: Front, redis: RedisServer) -> None:
     redis.command("CONFIG", "SET", "maxmemory", "1")
     with pytest.raises(RedisRefused, match=r"^OOM "):
         front.publish(2, user="ann")
-    with pytest.raises(PublishInterrupted, match="0 of 2 users") as caught:
+    with pytest.raises(PublishInterrupted, match="0 of 2 recipients") as caught:
         front.publish(2, users=["ann", "bob"])
     redis.command("CONFIG", "SET", "maxmemory", "0")
 
@@ -445,7 +687,7 @@ def test_redis_goes_away_between_batches() -> None:
         return [[str(command[5]).encode(), b"e.1-4096", 1, b""] for command in exchange.commands]
 
     steps = Asking.of(None, 3.5).publish(1, None, users, {}, everyone=False)
-    with pytest.raises(PublishInterrupted, match="200 of 600 users") as caught:
+    with pytest.raises(PublishInterrupted, match="200 of 600 recipients") as caught:
         perform(steps, answer)
     results = caught.value.results
 

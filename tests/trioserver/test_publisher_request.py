@@ -182,7 +182,7 @@ def test_a_misspelt_option_is_refused() -> None:
 def test_options_are_those_of_a_draft() -> None:
     """Each option ends in a field of the draft: none is forgotten on the way."""
     fields = {field.name.removesuffix("_ms") for field in attrs.fields(Draft)}
-    assert set(Options.__annotations__) == fields - {"settings", "payload"}
+    assert set(Options.__annotations__) == fields - {"settings", "topics", "payload"}
 
 
 @pytest.mark.parametrize("user", ["", "a\n", "ä" * 65, "\ud800", 42, None, b"ann"])

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -10,129 +9,15 @@ import trio
 import trio.testing
 
 from tests.redis_server import RedisServer, wait_until
+from tests.trioserver.fleet_stage import SECONDS, Broken, Guest, Worker
 from trioserver import fleet, registry
-from trioserver.caller import Caller
 from trioserver.endpoint import Endpoint
 from trioserver.errors import CloseReason, RedisRefused, RedisUnavailable
-from trioserver.redis_link import RedisLink, open_link
-from trioserver.registry import BATCH, SPARE_LEAVES, Registry
-from trioserver.subscription import Subscription
+from trioserver.redis_link import open_link
+from trioserver.registry import BATCH, SPARE_LEAVES
 
 LIMIT = 40.0
 """Seconds after which a test is stuck."""
-
-SECONDS = 15.0
-"""For what takes a moment."""
-
-
-class Guest:
-    """A connection, as far as a registry knows it."""
-
-    def __init__(self, name: str, user: str | None = "ann", device: str = "") -> None:
-        self.connection_id = name
-        self.user = user
-        self.device = device
-        self.caller = Caller(1, 1, "Firefox", "web")
-        self.since = 1_763_630_000.5
-        self.ended: list[CloseReason] = []
-        self.home: Registry | None = None
-
-    def end(self, reason: CloseReason) -> None:
-        """Take note, and leave as a connection does."""
-        self.ended.append(reason)
-        if self.home is not None:
-            self.home.leave(self)
-
-
-class Broken(Guest):
-    """A connection with a bug."""
-
-    def end(self, reason: CloseReason) -> None:
-        """Fail."""
-        super().end(reason)
-        raise RuntimeError(self.connection_id)
-
-
-class Worker:
-    """A registry with links of its own as in a worker, and what they complain of."""
-
-    def __init__(
-        self, redis: RedisServer, life: str = "aa.1.1", *after: str, limit: int = 2
-    ) -> None:
-        self.redis = redis
-        self.bugs: list[tuple[str, BaseException]] = []
-        self.troubles: list[str] = []
-        self.trips = 0
-        self.registry = Registry(
-            life,
-            after,
-            limit,
-            prefix="test:",
-            log_bug=lambda what, bug: self.bugs.append((what, bug)),
-            log_trouble=self.troubles.append,
-        )
-        self.link: RedisLink | None = None
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator["Worker"]:
-        """Run it for the time of the block."""
-        where = Endpoint(path=str(self.redis.path))
-        self.hints = Subscription(where, self._receive, self._link_changed)
-        self.hints.follow(self.registry.channel)
-        async with (
-            open_link(where, observe=self._observe) as self.link,
-            trio.open_nursery() as all_,
-        ):
-            all_.start_soon(self.hints.run)
-            all_.start_soon(self.registry.run, self.link)
-            yield self
-            all_.cancel_scope.cancel()
-
-    @asynccontextmanager
-    async def linked(self) -> AsyncIterator[RedisLink]:
-        """Have a lease, but run nothing: the test does what the tasks would do."""
-        async with open_link(Endpoint(path=str(self.redis.path))) as link:
-            assert await self.registry._renew(link)
-            yield link
-
-    def _observe(self, _seconds: float) -> None:
-        self.trips += 1
-
-    def _receive(self, _channel: bytes, payload: bytes) -> None:
-        self.registry.hinted(payload)
-
-    def _link_changed(self) -> None:
-        if self.hints.up:
-            self.registry.hinted()
-        else:
-            self.registry.link_lost()
-
-    def enter(self, *names: str, user: str | None = "ann", device: str = "") -> list[Guest]:
-        """Let connections come."""
-        guests = [Guest(name, user, device) for name in names]
-        self.let_in(*guests)
-        return guests
-
-    def let_in(self, *guests: Guest) -> None:
-        """Let them come."""
-        for guest in guests:
-            guest.home = self.registry
-            self.registry.enter(guest)
-
-    async def leased(self) -> None:
-        """Wait until it has a lease, and hears hints."""
-        await wait_until(lambda: self.registry.lives.now_ms and self.hints.up, SECONDS)
-
-    async def renewed(self) -> None:
-        """Have it renew its lease now."""
-        before = self.registry.lives
-        self.registry.hinted()
-        await wait_until(lambda: self.registry.lives is not before, SECONDS)
-
-    async def finish(self) -> None:
-        """Let it end in order."""
-        assert self.link is not None
-        await self.registry.finish(self.link)
 
 
 def fields(redis: RedisServer, user: str = "ann") -> set[str]:
@@ -926,3 +811,84 @@ def _trouble(worker: Worker, what: str) -> None:
         redis.command("FLUSHALL")
     else:
         redis.command("SCRIPT", "FLUSH")
+
+
+# ---- Who else keeps entries
+
+
+class Onlooker:
+    """Keeps what it was told."""
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.broken = broken
+        self.lives: list[str] = []
+        self.living: list[frozenset[str]] = []
+        self.changed: list[bool] = []
+        self.losses = 0
+
+    def renewed(self, life: str, lives: fleet.Lives, *, changed: bool) -> None:
+        """Take note."""
+        self.lives.append(life)
+        self.living.append(lives.living)
+        self.changed.append(changed)
+        if self.broken:
+            raise RuntimeError("a bug")
+
+    def lost(self) -> None:
+        """Take note."""
+        self.losses += 1
+        if self.broken:
+            raise RuntimeError("a bug")
+
+
+async def test_others_hear_of_each_renewal(redis: RedisServer) -> None:
+    """And whether others live now than before, be it that somebody came or that he ended."""
+    here, there = Worker(redis, "aa.1.1"), Worker(redis, "bb.1.1")
+    onlooker = Onlooker()
+    here.registry.watch(onlooker)
+    async with here.running():
+        held = [here.registry.holds]
+        await here.leased()
+        held.append(here.registry.holds)
+        await here.renewed()
+        assert [False, True] == held
+        assert ([True, False], {"aa.1.1"}) == (onlooker.changed[:2], set(onlooker.lives))
+        assert frozenset({"aa.1.1"}) == onlooker.living[0]
+        async with there.running():
+            await there.leased()
+            await here.renewed()
+            assert frozenset({"aa.1.1", "bb.1.1"}) == onlooker.living[-1]
+            await there.finish()
+        await wait_until(lambda: onlooker.living[-1] == {"aa.1.1"}, SECONDS)
+        assert 3 == sum(onlooker.changed)
+        assert (0, []) == (onlooker.losses, here.bugs)
+
+
+async def test_others_hear_that_redis_may_have_forgotten(redis: RedisServer) -> None:
+    """Nothing may be written from then until the next renewal, which is another life's."""
+    worker, onlooker = Worker(redis), Onlooker()
+    worker.registry.watch(onlooker)
+    async with worker.running():
+        await worker.leased()
+        worker.registry.link_lost()
+        assert (1, False) == (onlooker.losses, worker.registry.holds)
+        await wait_until(lambda: onlooker.lives[-1] == "aa.1.1+1", SECONDS)
+        assert worker.registry.holds
+        redis.kill()
+        await wait_until(lambda: onlooker.losses > 1, SECONDS)
+        redis.start()
+        await wait_until(lambda: onlooker.lives[-1] == "aa.1.1+2", SECONDS)
+
+
+async def test_the_bugs_of_others_are_logged(redis: RedisServer) -> None:
+    """The lease goes on, and so do they."""
+    worker, onlooker, second = Worker(redis), Onlooker(broken=True), Onlooker()
+    worker.registry.watch(onlooker)
+    worker.registry.watch(second)
+    async with worker.running():
+        await worker.leased()
+        await worker.renewed()
+        worker.registry.link_lost()
+        await wait_until(lambda: second.lives[-1] == "aa.1.1+1", SECONDS)
+    assert {"telling of leases"} == {what for what, _ in worker.bugs}
+    assert len(worker.bugs) == len(onlooker.lives) + onlooker.losses

@@ -13,11 +13,12 @@ from tests.trioserver.ledger_calls import Caller
 from tests.trioserver.readable_log import readable_log
 from trioserver import ledger, scheduler
 from trioserver.endpoint import Endpoint
-from trioserver.ledger import Notification, Rules
+from trioserver.ledger import Notification, Owner, Rules, Topic, TopicRules
 from trioserver.redis_link import open_link
 from trioserver.scheduler import Scheduler
 
 RULES = Rules()
+TOPIC_RULES = TopicRules()
 DAY_MS = 86_400_000
 
 
@@ -54,7 +55,7 @@ class Counts:
 
 def publish(
     redis: RedisServer,
-    *users: str | None,
+    *users: Owner,
     deliver_in: float | None = None,
     fallback_in: float | None = None,
     ttl: float = 3600.0,
@@ -64,7 +65,7 @@ def publish(
     with Caller(redis.path) as caller:
         for user in users:
             now = caller.now()
-            home = ledger.EVERYONE if user is None else ledger.partition(user)
+            home = ledger.partition(user)
             notification = Notification(
                 user=user,
                 payload=b"1",
@@ -73,7 +74,8 @@ def publish(
                 deliver_at_ms=None if deliver_in is None else now + round(deliver_in * 1000),
                 fallback_after_ms=None if fallback_in is None else round(fallback_in * 1000),
             )
-            caller.run(ledger.publish(notification, rules=RULES))
+            rules = TOPIC_RULES if isinstance(user, Topic) else RULES
+            caller.run(ledger.publish(notification, rules=rules))
             ids.append(notification.id)
     return ids
 
@@ -82,7 +84,7 @@ def events(redis: RedisServer) -> Counter[tuple[str, str]]:
     """Return how often each kind of event was written about each notification."""
     found: Counter[tuple[str, str]] = Counter()
     with Caller(redis.path) as caller:
-        for home in (*ledger.PARTITIONS, ledger.EVERYONE):
+        for home in (*ledger.PARTITIONS, ledger.EVERYONE, *ledger.TOPIC_PARTITIONS):
             for _, fields in caller.ask("XRANGE", ledger.events_key(home), "-", "+"):
                 event = dict(zip(fields[::2], fields[1::2], strict=True))
                 found[event[b"event"].decode(), event[b"id"].decode()] += 1
@@ -97,7 +99,7 @@ def kinds(redis: RedisServer) -> Counter[str]:
     return found
 
 
-def length(redis: RedisServer, owner: str | None) -> int:
+def length(redis: RedisServer, owner: Owner) -> int:
     """Return how many entries an inbox has."""
     count = redis.command("XLEN", ledger.key("inbox", owner))
     assert isinstance(count, int)
@@ -124,6 +126,24 @@ async def test_later_means_later_and_once(redis: RedisServer, nursery: trio.Nurs
     assert [1] * len(ids) == [length(redis, owner) for owner in (*USERS, None)]
     assert {("accepted", name): 1 for name in ids} == events(redis)
     assert len(ids) == sum(one.settled for one in both)
+
+
+async def test_topics_too(redis: RedisServer, nursery: trio.Nursery) -> None:
+    """What is due in a topic, in whatever partition it is, is published and expires."""
+    topics = [Topic(f"room.{number}") for number in range(100)]
+    assert set(ledger.TOPIC_PARTITIONS) == {ledger.partition(topic) for topic in topics}
+    counts = Counts()
+    publish(redis, *topics, ttl=1.0)
+    publish(redis, *topics, deliver_in=0.3)
+    await nursery.start(counts.run, redis)
+    await wait_until(lambda: counts.settled >= 2 * len(topics))
+    with Caller(redis.path) as caller:
+        pages = [ledger.page(caller.run(ledger.read(topic))) for topic in topics]
+    nursery.cancel_scope.cancel()
+
+    assert [1] * len(topics) == [length(redis, topic) for topic in topics]
+    assert [1] * len(topics) == [len(page.items) for page in pages]
+    assert not events(redis)
 
 
 async def test_nobody_has_received_it(redis: RedisServer, nursery: trio.Nursery) -> None:

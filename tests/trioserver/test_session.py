@@ -14,8 +14,11 @@ from trioserver.session import (
     Acknowledge,
     Action,
     Answer,
+    Ask,
     Authenticate,
+    ChatSession,
     Close,
+    Count,
     MarkRead,
     Refresh,
     Send,
@@ -271,3 +274,113 @@ def test_users_do_not_share_a_rate_and_the_nameless_have_none() -> None:
     assert isinstance(
         nameless.receive(b'{"type":"auth","token":"t"}', NOW, STAMP, rates), Authenticate
     )
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"type": "subscribe", "topic": "news", "since": "start", "ref": "r"},
+        {"type": "unsubscribe", "topic": "news"},
+        {"type": "presence", "topic": "news", "after": "x"},
+        {"type": "publish", "topic": "news", "payload": [1], "exclude_self": True, "key": "k"},
+    ],
+)
+def test_requests_about_topics_are_passed_on(request_: dict[str, object]) -> None:
+    """What a topic is asked is the connection's to do; nobody without a user may ask."""
+    action = say(Session("ann"), request_)
+    assert isinstance(action, Ask)
+    assert request_["topic"] == action.message.topic
+    assert "unauthenticated" == reply(say(Session(), request_))["code"]
+    assert "forbidden" == reply(say(ChatSession(None, "c-1"), request_))["code"]
+
+
+@pytest.mark.parametrize("topic", ["", "a b", "ä", "x" * 129, "a\n", "a%", "{a}", "a*", 7, None])
+def test_names_of_topics(topic: object) -> None:
+    """A name is of few characters: it becomes part of channels and keys."""
+    answer = reply(say(Session("ann"), {"type": "subscribe", "topic": topic}))
+    assert "bad_message" == answer["code"]
+
+
+def test_publishing_counts_as_a_message() -> None:
+    """Who may say so much per minute may publish so much, and not subscribe less for it."""
+    rates = Buckets[str](Rate(count=2, period=60, burst=2))
+    session = Session("ann")
+    publish = json.dumps({"type": "publish", "topic": "t", "ref": "r"}).encode()
+    said = [session.receive(publish, NOW, STAMP, rates) for _ in range(3)]
+    assert [Ask, Ask, SendError] == [type(action) for action in said]
+    assert ("rate_limited", "r") == (reply(said[2])["code"], reply(said[2])["ref"])
+    subscribe = json.dumps({"type": "subscribe", "topic": "t"}).encode()
+    assert isinstance(session.receive(subscribe, NOW, STAMP, rates), Ask)
+
+
+@pytest.mark.parametrize(
+    ("text", "payload"),
+    [
+        (b"hello", b'"hello"'),
+        ('grüß dich "du"'.encode(), '"grüß dich \\"du\\""'.encode()),
+        (b"", b'""'),
+        (b"{half", b'"{half"'),
+        (b"[1, 2]", b'"[1, 2]"'),
+        (b"7", b'"7"'),
+        (b"null", b'"null"'),
+        (b'"text"', b'"\\"text\\""'),
+        (b'{"type":"message","payload":{"a":1}}', b'{"a":1}'),
+    ],
+)
+def test_any_text_that_is_no_object_is_a_chat_message(text: bytes, payload: bytes) -> None:
+    """It is counted like one that says so, with the text as its payload."""
+    action = say(ChatSession("ann", "c-1"), text)
+    assert isinstance(action, Count)
+    assert payload == bytes(action.payload)
+
+
+def test_a_chat_message_says_more() -> None:
+    """Its ref comes back, and its id is what a repetition is known by."""
+    action = say(ChatSession("ann", ""), {"type": "message", "ref": "r", "id": "m-1"})
+    assert isinstance(action, Count)
+    assert (b"null", "r", "m-1") == (bytes(action.payload), action.ref, action.id)
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        ({"type": "dance"}, "unknown_type"),
+        ({"no": "type"}, "bad_message"),
+        ({"type": "message", "id": "a b"}, "bad_message"),
+        ({"type": "ack", "seq": 1}, "forbidden"),
+        ({"type": "read", "up_to": 1}, "forbidden"),
+        ({"type": "refresh", "token": "t"}, "forbidden"),
+    ],
+)
+def test_what_an_anonymous_client_gets_an_error_for(message: dict[str, object], code: str) -> None:
+    """An object must make sense, and what is about a user needs one."""
+    assert code == reply(say(ChatSession(None, "c-1"), message))["code"]
+
+
+def test_a_stranger_may_ping_and_log_in() -> None:
+    """He lacks nothing but a user, and may get one."""
+    session = ChatSession(None, "c-1")
+    assert not session.nameless
+    assert {"type": "pong", "ref": "p"} == reply(say(session, {"type": "ping", "ref": "p"}))
+    assert isinstance(say(session, {"type": "auth", "token": "t"}), Authenticate)
+    session.authenticated("ann")
+    assert "ann" == session.payer
+
+
+def test_a_chat_that_needs_a_token_waits_for_it() -> None:
+    """Where nobody may be anonymous, the first message must be auth, whatever else is sent."""
+    session = ChatSession(None, "")
+    assert session.nameless
+    for text in (b"hello", b'{"type":"message"}', b'{"type":"ping"}'):
+        assert "unauthenticated" == reply(say(session, text))["code"]
+    session.authenticated("ann")
+    assert isinstance(say(session, b"hello"), Count)
+
+
+def test_strangers_have_rates_of_their_own() -> None:
+    """One anonymous client that says too much costs no other one anything."""
+    rates = Buckets[str](Rate(count=1, period=60, burst=1))
+    one, other = ChatSession(None, "c-1"), ChatSession(None, "c-2")
+    assert isinstance(one.receive(b"a", NOW, STAMP, rates), Count)
+    assert "rate_limited" == reply(one.receive(b"b", NOW, STAMP, rates))["code"]
+    assert isinstance(other.receive(b"a", NOW, STAMP, rates), Count)

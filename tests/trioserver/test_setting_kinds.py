@@ -202,6 +202,12 @@ class TestWriting:
             setting_kinds.SIZE.show(value) for value in sizes
         ]
 
+    def test_no_topics(self) -> None:
+        """An empty list has a word of its own, as an empty value counts for nothing."""
+        kind = setting_kinds.TOPIC_PATTERNS
+        assert ["none", "news.**,a"] == [kind.show(()), kind.show(("news.**", "a"))]
+        assert () == environment(PRESENCE_TOPICS="none").settings.presence_topics
+
 
 class TestMask:
     """Credentials in URLs."""

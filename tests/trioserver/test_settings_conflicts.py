@@ -271,6 +271,28 @@ class TestWithoutEffect:
         assert "JWT_ALGORITHMS uses a public key" in idle
         assert not any(SECRET in line for line in (same, idle))
 
+    @pytest.mark.parametrize(
+        ("announced", "kept", "idle"),
+        [
+            ("room.*", "lobby", ["room.*"]),
+            ("room.*", "none", ["room.*"]),
+            ("room.7,lobby", "room.*", ["lobby"]),
+            ("room.*,*.x", "lobby.*,hall", ["room.*"]),
+            ("room.*", "**", []),
+            ("room.*", "room.7", []),
+            ("room.7.*", "room.**", []),
+            ("r*", "room.*", []),
+            ("room.*", "*.x", []),
+        ],
+    )
+    def test_announced_topics_without_effect(
+        self, announced: str, kept: str, idle: list[str]
+    ) -> None:
+        """Who comes and goes is announced only where it is kept who is there."""
+        warnings = environment(ANNOUNCED_TOPICS=announced, PRESENCE_TOPICS=kept).warnings
+        assert idle == [warning.split()[1] for warning in warnings]
+        assert all(warning.startswith("ANNOUNCED_TOPICS: ") for warning in warnings)
+
     def test_certificate_that_ends(self, directory: Path) -> None:
         """A certificate that will soon be of no use is told of; one with time left is not."""
         authority = Authority(directory)

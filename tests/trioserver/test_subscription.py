@@ -845,6 +845,35 @@ async def test_strange_servers(said: bytes, fault: str) -> None:
             assert fault in subscription.statistics().fault
 
 
+async def test_a_turn_is_over_before_a_fault_ends_the_link() -> None:
+    """What came before it goes out, although no link may come for long."""
+    seen: list[bytes] = []
+    greeted = trio.Event()
+
+    async def serve(stream: trio.SocketStream) -> None:
+        await stream.receive_some(1000)
+        if greeted.is_set():
+            return
+        greeted.set()
+        await stream.send_all(b"+OK\r\n>3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$1\r\nm\r\n-ERR no\r\n")
+        await stream.receive_some(1000)
+
+    async with serving(serve) as where:
+        subscription = Subscription(
+            where,
+            lambda _channel, payload: seen.append(payload),
+            lambda: None,
+            turn_over=lambda: seen.append(b"over") if seen else None,
+        )
+        with trio.fail_after(LIMIT):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(subscription.run)
+                await wait_until(lambda: subscription.statistics().faults >= 1)
+                assert "ERR no" in subscription.statistics().fault
+                assert [b"m", b"over"] == seen[:2]
+                nursery.cancel_scope.cancel()
+
+
 async def test_nobody_answers() -> None:
     """A server that accepts and says nothing is given up after a second."""
     async with serving(_forever) as where:

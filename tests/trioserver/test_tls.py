@@ -594,6 +594,10 @@ class Owner:
         """See `Outbox`."""
         raise AssertionError
 
+    def entered_topic(self, topic: bytes, entry: Entry, frame: bytes) -> bool:
+        """See `Outbox`."""
+        raise AssertionError
+
 
 class TestOutbox:
     """The outbox over such a socket."""

@@ -117,6 +117,19 @@ async def test_bad_tokens_get_one_answer(door: Door) -> None:
     assert 0 == door.worker.tally.auth["ok"]
 
 
+async def test_a_claim_on_topics_that_is_none_closes_no_door(door: Door) -> None:
+    """Who has it is let in, and the log is told; of other tokens it is told nothing."""
+    told: list[str] = []
+    door.worker.shared.log_claim = told.append
+    for token in (forged({**GOOD, "topics": "a"}), forged(GOOD)):
+        client = await door.worker.nameless()
+        await client.send(wire.text({"type": "auth", "token": token}))
+        assert "connection_established" == (await client.message())["type"]
+        await client.aclose()
+    [problem] = told
+    assert problem.startswith("the claim topics: ")
+
+
 async def test_the_answer_says_nothing_of_the_token(door: Door) -> None:
     """No part of it comes back, and no reason but that it was not accepted."""
     token = forged({**GOOD, "sub": "canary"}, {"alg": "HS256", "kid": "canary"}, "x" * 32)

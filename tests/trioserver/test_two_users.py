@@ -53,7 +53,9 @@ PHONE: Final = "phone"
 SECONDS: Final = 20.0
 """For what takes a moment."""
 
-KEY: Final = re.compile(r"(?:test:)?ts:\{(?:p[0-6][0-9]|all|fleet|revoked)\}:[A-Za-z0-9_.@%:-]*")
+KEY: Final = re.compile(
+    r"(?:test:)?ts:\{(?:p[0-6][0-9]|t[01][0-9]|all|fleet|revoked)\}:[A-Za-z0-9_.@%:-]*"
+)
 """Of any key that the server makes: one slot, and nothing in it as users write it."""
 
 NO_KEYS: Final = frozenset({"PUBLISH", "TIME", "SPUBLISH"})

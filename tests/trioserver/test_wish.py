@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,3 +130,70 @@ def test_a_client_type_is_a_short_word(kind: str, way: Callable[..., Wish]) -> N
     """It is shown to people and kept per connection: nothing strange gets in."""
     with pytest.raises(ClientError):
         way(client_type=kind)
+
+
+SESSION_ID = "01234567-89ab-4cde-8f01-23456789abcd"
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters", "expected"),
+    [
+        ("/ws", {"session_id": SESSION_ID}, NO_WISH),
+        ("/ws/chat", {}, Wish(chat=True)),
+        ("/ws/chat/", {}, Wish(chat=True)),
+        ("/ws/chat/support-7", {}, Wish(chat=True, label="support-7")),
+        ("/ws/chat/a%2Fb", {}, Wish(chat=True, label="a/b")),
+        (
+            "/ws/chat/",
+            {"session_id": SESSION_ID.upper(), "device": "phone"},
+            Wish(chat=True, session_id=SESSION_ID, device="phone"),
+        ),
+        ("/ws", {"batch": "1"}, Wish(batch=True)),
+    ],
+)
+def test_paths(path: str, parameters: dict[str, str], expected: Wish) -> None:
+    """The path says whether it is a chat, and what its client calls it."""
+    assert wish.is_path(path)
+    assert expected == wish.of_request(path, parameters)
+
+
+@pytest.mark.parametrize("path", ["/", "/wss", "/ws/", "/ws/chats", "/ws/chat/a/b", "/ws/chat/a/"])
+def test_other_paths(path: str) -> None:
+    """Nothing else is a WebSocket's path."""
+    assert not wish.is_path(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters"),
+    [
+        ("/ws/chat/", {"session_id": "1"}),
+        ("/ws/chat/", {"session_id": SESSION_ID + "\n"}),
+        ("/ws/chat/", {"session_id": SESSION_ID.replace("-", "")}),
+        ("/ws/chat/" + "x" * 65, {}),
+        ("/ws/chat/a%20b", {}),
+        ("/ws/chat/%0d%0aX", {}),
+        ("/ws", {"batch": "2"}),
+    ],
+)
+def test_what_a_chat_cannot_be(path: str, parameters: dict[str, str]) -> None:
+    """A session's id is a UUID, and a label is visible ASCII."""
+    with pytest.raises(ClientError) as caught:
+        wish.of_request(path, parameters)
+    assert "bad_message" == caught.value.code
+
+
+def test_the_first_message_of_a_chat() -> None:
+    """What the path has said stays; a session may be named in either."""
+    before = Wish(chat=True, label="l", session_id=SESSION_ID)
+    assert before == of_auth().after(before)
+    other = SESSION_ID.replace("0", "f")
+    assert Wish(chat=True, session_id=other) == of_auth(session_id=other).after(Wish(chat=True))
+    assert Wish(device="d") == of_auth(device="d").after(NO_WISH)
+
+
+def test_what_the_query_has_said_stays_said() -> None:
+    """A token that comes as a message takes back nothing; what it says itself counts more."""
+    said = {"device": "d", "position": POSITION, "client_type": "web", "ack": "1", "batch": "1"}
+    before = wish.of_query(said)
+    assert before == of_auth().after(before)
+    assert attrs.evolve(before, device="e") == of_auth(device="e").after(before)

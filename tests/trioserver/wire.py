@@ -24,11 +24,13 @@ from trioserver import health
 from trioserver.auth import Verifier, sign
 from trioserver.board import Board, Limits
 from trioserver.buckets import Buckets
+from trioserver.chats import Chats
 from trioserver.connection import Connection
 from trioserver.delivery import Delivery
+from trioserver.desk import Asking, Desk, Member
 from trioserver.errors import CloseReason
 from trioserver.hub import Hub
-from trioserver.ledger import Item, Page, Rules
+from trioserver.ledger import Item, Page, Rules, TopicRules
 from trioserver.listener import Listener
 from trioserver.metrics import Tally
 from trioserver.origins import Origins
@@ -40,6 +42,8 @@ from trioserver.revocation import Revoked
 from trioserver.session import UNLIMITED
 from trioserver.settings import Settings
 from trioserver.shared import UNLIMITED_BOARD, Followed, Pace, Shared, Waiting
+from trioserver.speaker import Speaker
+from trioserver.topics import Patterns
 
 LIMIT: Final = 15.0
 """Absolute limit of a network test, in seconds of its clock."""
@@ -302,6 +306,44 @@ class Register:
         self.left.append(connection)
 
 
+class Attended:
+    """Stands where presence is kept; notes who is subscribed to what."""
+
+    def __init__(self) -> None:
+        self.entered: list[tuple[str | None, str]] = []
+        self.left: list[tuple[str | None, str]] = []
+
+    def enter(self, member: Member, name: str) -> None:
+        """Note it."""
+        self.entered.append((member.user, name))
+
+    def leave(self, member: Member, name: str) -> None:
+        """Note its end."""
+        self.left.append((member.user, name))
+
+    def ask(self, waiter: Asking, name: str, after: str | None, ref: str | None) -> None:
+        """Answer nothing."""
+
+
+def desk(log_bug: Callable[[str, BaseException], None]) -> Desk:
+    """Return what topics share where there is no Redis: nothing that is published goes out."""
+    rules = TopicRules()
+    return Desk(
+        prefix="",
+        rules=rules,
+        public=Patterns.of(()),
+        max_topics=10,
+        presence=Patterns.of(("**",)),
+        speaker=Speaker(rules, log_bug=log_bug, log_trouble=print),
+        attendance=Attended(),
+    )
+
+
+def chats(log_bug: Callable[[str, BaseException], None]) -> Chats:
+    """Return what counts on chat sessions; without Redis none is ever ours."""
+    return Chats(life="w0", ttl=60.0, prefix="", log_bug=log_bug, log_trouble=print)
+
+
 def page(
     *items: Item,
     start: str = "0-0",
@@ -402,10 +444,15 @@ class Worker:
 
     async def publish(self, channel: bytes, payload: object, kind: str = "notification") -> None:
         """Do what the subscription does with one message from Redis."""
-        data = json.dumps({"type": kind, "payload": payload}).encode()
-        remaining: Awaitable[None] | None = self.delivery.receive(channel, data)
+        remaining = self.receive(channel, json.dumps({"type": kind, "payload": payload}).encode())
         if remaining is not None:
             await remaining
+
+    def receive(self, channel: bytes, data: bytes) -> Awaitable[None] | None:
+        """Do what the subscription does with a message that comes alone."""
+        remaining = self.delivery.receive(channel, data)
+        self.delivery.turn_over()
+        return remaining
 
     def only(self) -> Connection:
         """Return the one connection there is."""
@@ -488,6 +535,8 @@ async def running(
         revoked=revoked or Revoked(),
         board=Board.alone(board),
         registry=register,
+        chats=chats(lambda _what, bug: bugs.append(bug)),
+        desk=desk(lambda _what, bug: bugs.append(bug)),
         rates=rates,
         requests=requests,
         tally=tally,
@@ -515,6 +564,7 @@ async def running(
     delivery = Delivery(
         hub=hub,
         head=shared.head,
+        turn=shared.outbox_limits.turn,
         tally=tally,
         broadcast_topic=BROADCAST,
         max_payload=10 << 10,

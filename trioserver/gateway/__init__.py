@@ -14,6 +14,7 @@ the metric files of all processes.
                   publishing, and what became of it; who may ask
     probe         one question for all who ask at the same time
     redis_watch   whether Redis answers
+    user_count    how many users the fleet has
     scrape        metric files in, sums out
     usage         what processes use of the machine
     pool_metrics  metrics that nobody counts: they are looked up

@@ -38,7 +38,8 @@ from trioserver.gateway.redis_watch import RedisWatch
 from trioserver.gateway.scrape import Scrape, Scraper
 from trioserver.gateway.serve import Server
 from trioserver.gateway.usage import Usage, processes, usage
-from trioserver.ledger import Rules
+from trioserver.gateway.user_count import UserCount
+from trioserver.ledger import Rules, TopicRules
 from trioserver.lifeline import Lifeline
 from trioserver.metric_archive import Generations
 from trioserver.metrics import Exporter, Tally
@@ -106,6 +107,7 @@ class Gateway:
             timeout_seconds=ASK_SECONDS,
         )
         self._redis = RedisWatch()
+        self._users = UserCount()
         self._server: Server | None = None
         self._lifeline = Lifeline(
             CONTROL_FD,
@@ -134,6 +136,7 @@ class Gateway:
                 ):
                     services.start_soon(service)
                 services.start_soon(self._redis.run, link)
+                services.start_soon(self._users.run, link)
                 services.start_soon(self._scheduler(link).run)
                 await self._serve(link)
                 services.cancel_scope.cancel()
@@ -175,6 +178,7 @@ class Gateway:
             scrape=self._scrape,
             usage=self._usage,
             redis=lambda: self._redis.latest,
+            users=lambda: self._users.latest,
             draining=lambda: self._draining,
             uptime=lambda: trio.current_time() - self._started_at,
         )
@@ -190,15 +194,16 @@ class Gateway:
 
     def _publisher(self, link: RedisLink) -> tuple[TrioPublisher, str]:
         """Return what publishes, and why it must not; empty if it may."""
+        topics = TopicRules.of(self._settings)
         try:
-            return TrioPublisher(link, settings=self._settings), ""
+            return TrioPublisher(link, settings=self._settings, topics=topics), ""
         except SettingsError as error:
             # The file was good when the settings of this generation were checked. Without it
             # nothing may be published, but monitors, and who asks what became of something, still
             # have to be answered; and the end of this process would change nothing about it.
             self._log.error("nothing can be published", problem=str(error))
             unchecked = attrs.evolve(self._settings, payload_schemas=None)
-            return TrioPublisher(link, settings=unchecked), _CLOSED
+            return TrioPublisher(link, settings=unchecked, topics=topics), _CLOSED
 
     def _open_link(self) -> AbstractAsyncContextManager[RedisLink]:
         return open_link(

@@ -103,27 +103,33 @@ class Api:
             raise
         for result in results:
             self._count(_outcome(result))
-        users = wanted.users
-        answer = _answer_one(results[0]) if users is None else _answer_many(users, results)
+        answer = _answer(wanted, results)
         return json_response(msgspec.json.encode(answer), HTTPStatus.ACCEPTED)
 
     async def _results(self, wanted: PublishRequest) -> Sequence[Result]:
         if self._closed:
             raise Problem(UNAVAILABLE, self._closed, _LATER)
-        publish, payload, options = self._publisher.publish, wanted.payload, wanted.options
         with trio.move_on_after(PUBLISH_SECONDS):
             try:
-                if wanted.users is not None:
-                    return await publish(payload, users=wanted.users, **options)
-                if wanted.user is not None:
-                    return [await publish(payload, user=wanted.user, **options)]
-                return [await publish(payload, everyone=True, **options)]
+                return await self._publish_to(wanted)
             except PublishInterrupted as interrupted:
                 return interrupted.results
             except (PublishRefused, RedisRefused, RedisUnavailable) as error:
                 # Of a wrong request, which is wrong for all of many recipients.
-                return [error] * len(wanted.users or "1")
+                return [error] * len(wanted.users or wanted.topics or "1")
         raise Problem(UNAVAILABLE, _UNKNOWN, _RETRY_AFTER)
+
+    async def _publish_to(self, wanted: PublishRequest) -> Sequence[Result]:
+        publish, payload, options = self._publisher.publish, wanted.payload, wanted.options
+        if wanted.users is not None:
+            return await publish(payload, users=wanted.users, **options)
+        if wanted.topics is not None:
+            return await publish(payload, topics=wanted.topics, **options)
+        if wanted.user is not None:
+            return [await publish(payload, user=wanted.user, **options)]
+        if wanted.topic is not None:
+            return [await publish(payload, topic=wanted.topic, **options)]
+        return [await publish(payload, everyone=True, **options)]
 
     async def _life(self, request: Request) -> Response:
         self._keys.check(request.scope["headers"])
@@ -146,28 +152,36 @@ def _outcome(result: Result) -> str:
     return "refused" if isinstance(result, PublishRefused) else "unavailable"
 
 
+def _answer(wanted: PublishRequest, results: Sequence[Result]) -> Answer:
+    if wanted.users is not None:
+        return _answer_many("user", wanted.users, results)
+    if wanted.topics is not None:
+        return _answer_many("topic", wanted.topics, results)
+    return _answer_one(results[0])
+
+
 def _answer_one(result: Result) -> Answer:
     if isinstance(result, Accepted):
-        # What is ephemeral has neither, what is not yet due has no position.
+        # What is not kept has neither, what is not yet due has no position.
         return {"id": result.id or None, "position": result.position or None}
     raise _problem(result)
 
 
-def _answer_many(users: Sequence[str], results: Sequence[Result]) -> Answer:
+def _answer_many(what: str, names: Sequence[str], results: Sequence[Result]) -> Answer:
     if not any(isinstance(result, Accepted) for result in results):
         problems = [_problem(result) for result in results if not isinstance(result, Accepted)]
         # The one that says most about what to do: come back, before change the request. And to
         # come back once, for all.
         raise max(problems, key=lambda problem: (problem.status, _retry_after(problem)))
-    together = zip(users, results, strict=True)
-    return {"notifications": [_line(user, result) for user, result in together]}
+    together = zip(names, results, strict=True)
+    return {"notifications": [{what: name, **_line(result)} for name, result in together]}
 
 
-def _line(user: str, result: Result) -> Answer:
+def _line(result: Result) -> Answer:
     if isinstance(result, Accepted):
-        return {"user": user, "id": result.id or None, "position": result.position or None}
+        return {"id": result.id or None, "position": result.position or None}
     problem = _problem(result)
-    answer = {"user": user, "error": problem.detail, "status": problem.status}
+    answer = {"error": problem.detail, "status": problem.status}
     if isinstance(result, RateLimited):
         return {**answer, "retry_after": _retry_after(problem)}
     return answer

@@ -11,9 +11,10 @@ Everything else is a 404 or 405 as problem details (RFC 9457).
 
 Readiness is the supervisor's word, asked for at most ten times a second however many ask us: a slot
 without an owner, a stop under way and a dead worker are known there first. What cannot be known is
-"not ready". Connections are the supervisor's sum of the workers' beats; users are added up from the
-metric files, because beats do not carry them: both are about a second old at most. Somebody who is
-connected to two workers counts twice.
+"not ready". Connections are the supervisor's sum of the workers' beats, about a second old at most.
+Users are those of the whole fleet, as Redis counts them (`trioserver.users`); while it does not
+answer they are added up from the metric files of this server, where somebody who is connected to
+two workers counts twice.
 """
 
 import operator
@@ -68,6 +69,9 @@ class Sources:
 
     redis: Callable[[], RedisPing]
     """The last ping."""
+
+    users: Callable[[], int | None]
+    """Different users of the fleet; None if Redis has not said so lately."""
 
     draining: Callable[[], bool]
     """Whether this gateway has been told to finish."""
@@ -127,7 +131,7 @@ class _Routes:
             redis_ping_seconds=ping.seconds,
             redis_error=ping.error,
             connections=_connections(reply, scraped),
-            users=_users(scraped),
+            users=self._users(scraped),
             uptime_seconds=self._uptime(reply),
         )
         return json_response(state.body(time.time()), state.status)
@@ -140,7 +144,7 @@ class _Routes:
             body = metrics_page.json_page(
                 scraped,
                 connections=_connections(reply, scraped),
-                users=_users(scraped),
+                users=self._users(scraped),
                 uptime_seconds=self._uptime(reply),
                 now=time.time(),
             )
@@ -153,10 +157,10 @@ class _Routes:
     ) -> bytes:
         # Writing the page is the dearest part of a scrape; many at once get the same.
         ping = self._sources.redis()
-        made_of = (reply, scraped, used, ping)
+        made_of = (reply, scraped, used, ping, self._sources.users())
         latest = self._latest
         if latest is None or any(map(operator.is_not, latest.made_of, made_of)):
-            more = pool_metrics(reply, used, ping)
+            more = pool_metrics(reply, used, ping, users=self._users(scraped))
             body = metrics_page.prometheus_page(scraped, more)
             self._latest = latest = _Page(made_of, body)
         return latest.body
@@ -191,6 +195,12 @@ class _Routes:
         ]
         return False, "; ".join(missing[:_MAX_REASONS]) or "no worker is ready"
 
+    def _users(self, scraped: Scrape | None) -> int:
+        users = self._sources.users()
+        if users is None:
+            users = 0 if scraped is None else int(scraped.total("websocket_users"))
+        return users
+
     def _uptime(self, reply: StatusReply | None) -> float:
         return self._sources.uptime() if reply is None else reply.uptime_seconds
 
@@ -223,7 +233,3 @@ def _connections(reply: StatusReply | None, scraped: Scrape | None) -> int:
     if reply is not None:
         return sum(worker.connections for worker in reply.workers)
     return int(scraped.total("websocket_connections")) if scraped is not None else 0
-
-
-def _users(scraped: Scrape | None) -> int:
-    return int(scraped.total("websocket_users")) if scraped is not None else 0

@@ -16,7 +16,7 @@ def life_page(trace: Trace) -> bytes:
     return msgspec.json.encode(
         {
             "id": trace.id,
-            "to": {"all": True} if trace.user is None else {"user": trace.user},
+            "to": _recipient(trace),
             "type": trace.type,
             "state": trace.state,
             "why": trace.why or None,
@@ -29,6 +29,12 @@ def life_page(trace: Trace) -> bytes:
             "devices": [_device(life) for life in trace.devices],
         }
     )
+
+
+def _recipient(trace: Trace) -> dict[str, str | bool]:
+    if trace.topic is not None:
+        return {"topic": trace.topic}
+    return {"all": True} if trace.user is None else {"user": trace.user}
 
 
 def _device(life: DeviceLife) -> dict[str, str | int | None]:

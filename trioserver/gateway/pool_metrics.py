@@ -43,6 +43,12 @@ REDIS_PING_SECONDS: Final = PoolFamily(
     "gauge",
     "How long Redis took to answer the gateway's last ping; 0 if it did not.",
 )
+UNIQUE_USERS: Final = PoolFamily(
+    "unique_users",
+    "gauge",
+    "Different users connected to the whole fleet, about; while Redis is away or knows of no "
+    "worker, added up over this server's workers.",
+)
 WORKER_UP: Final = PoolFamily("worker_up", "gauge", "Whether the slot has a process.", "slot")
 WORKER_READY: Final = PoolFamily(
     "worker_ready", "gauge", "Whether the slot's worker could serve a client now.", "slot"
@@ -70,6 +76,7 @@ POOL_FAMILIES: Final = (
     POOL_READY,
     REDIS_UP,
     REDIS_PING_SECONDS,
+    UNIQUE_USERS,
     WORKER_UP,
     WORKER_READY,
     WORKER_RESTARTS,
@@ -81,7 +88,7 @@ POOL_FAMILIES: Final = (
 
 
 def pool_metrics(
-    reply: StatusReply | None, used: Mapping[str, Usage], ping: RedisPing
+    reply: StatusReply | None, used: Mapping[str, Usage], ping: RedisPing, *, users: int
 ) -> list[Metric]:
     """Return all of them with their values.
 
@@ -89,6 +96,7 @@ def pool_metrics(
         reply: The supervisor's word; None while it has not answered, which is not "up".
         used: What processes use, by role.
         ping: How the gateway's last ping of Redis went.
+        users: How many the fleet has.
     """
     workers: Iterable[WorkerStatus] = () if reply is None else reply.workers
     slots = {str(worker.slot): worker for worker in workers}
@@ -96,6 +104,7 @@ def pool_metrics(
         POOL_READY.metric({"": reply is not None and reply.ready}),
         REDIS_UP.metric({"": ping.seconds is not None}),
         REDIS_PING_SECONDS.metric({"": ping.seconds or 0.0}),
+        UNIQUE_USERS.metric({"": users}),
         WORKER_UP.metric({slot: worker.pid is not None for slot, worker in slots.items()}),
         WORKER_READY.metric({slot: worker.ready for slot, worker in slots.items()}),
         WORKER_RESTARTS.metric({slot: worker.restarts for slot, worker in slots.items()}),

@@ -1,9 +1,11 @@
 """The body of ``POST /api/v1/notifications``, and the headers that belong to it. Pure.
 
-    {"to": {"user": "42"} | {"users": ["42", "43"]} | {"all": true},
+    {"to": {"user": "42"} | {"users": ["42", "43"]} | {"all": true}
+           | {"topic": "news.eu"} | {"topics": ["news.eu", "room.7"]},
      "type": "order.shipped", "payload": any JSON,
      "ttl": 3600 | "1h", "fallback_after": 600 | "10m", "deliver_at": "2026-01-01T08:00:00Z",
-     "idempotency_key": "order-1017", "collapse_key": "order-1017", "priority": true}
+     "idempotency_key": "order-1017", "collapse_key": "order-1017", "priority": true,
+     "key": "acme"}
 
 What a shape can say is checked here; whether the values are possible is for
 `trioserver.publisher`, which has the same rules for every way of publishing. Unknown fields are
@@ -26,7 +28,7 @@ from trioserver.setting_kinds import DURATION
 T = TypeVar("T")
 
 MAX_USERS: Final = 1000
-"""In one request."""
+"""Users, or topics, in one request."""
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -39,6 +41,8 @@ class _To(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     user: str | None = None
     users: Annotated[list[str], msgspec.Meta(max_length=MAX_USERS)] | None = None
     all: bool | None = None
+    topic: str | None = None
+    topics: Annotated[list[str], msgspec.Meta(max_length=MAX_USERS)] | None = None
 
 
 class _Body(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
@@ -51,6 +55,7 @@ class _Body(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     deliver_at: _Moment | None = None
     fallback_after: _Seconds | None = None
     priority: bool | None = None
+    key: str | None = None
 
 
 _decoder: Final = msgspec.json.Decoder(_Body)
@@ -61,11 +66,14 @@ class PublishRequest:
     """What somebody wants published, and to whom."""
 
     user: str | None
-    """The one recipient; None for several or for everyone."""
+    """The one recipient; None for several, for everyone and for topics."""
     users: tuple[str, ...] | None
-    """The recipients, each once; None for one or for everyone."""
+    """The recipients, each once; None if they are others."""
     payload: msgspec.Raw
     options: Options
+    topic: str | None = None
+    topics: tuple[str, ...] | None = None
+    """Each once."""
 
 
 def read(body: bytes, headers: Headers, max_payload: int) -> PublishRequest:
@@ -88,9 +96,15 @@ def read(body: bytes, headers: Headers, max_payload: int) -> PublishRequest:
     if 0 < max_payload < len(memoryview(decoded.payload)):
         detail = f"The payload is larger than {max_payload} bytes."
         raise Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail)
-    user, users = _recipients(decoded.to)
+    to = decoded.to
+    _check_recipients(to)
     return PublishRequest(
-        user=user, users=users, payload=decoded.payload, options=_options(decoded, listed)
+        user=to.user,
+        users=_each_once(to.users),
+        topic=to.topic,
+        topics=_each_once(to.topics),
+        payload=decoded.payload,
+        options=_options(decoded, listed),
     )
 
 
@@ -110,14 +124,21 @@ def _decode(body: bytes) -> _Body:
     raise Problem(HTTPStatus.BAD_REQUEST, problem)
 
 
-def _recipients(to: _To) -> tuple[str | None, tuple[str, ...] | None]:
-    if (to.user is not None) + (to.users is not None) + bool(to.all) != 1:
-        raise _wrong('"to" is one of {"user": "…"}, {"users": ["…"]} and {"all": true}.')
-    if to.users is None:
-        return to.user, None
-    if not to.users:
+def _check_recipients(to: _To) -> None:
+    whom = (to.user, to.users, to.topic, to.topics)
+    if len([one for one in whom if one is not None]) + bool(to.all) != 1:
+        raise _wrong(
+            '"to" is one of {"user": "…"}, {"users": ["…"]}, {"all": true}, {"topic": "…"} and '
+            '{"topics": ["…"]}.'
+        )
+    if to.users == []:
         raise _wrong('"users" is empty.')
-    return None, tuple(dict.fromkeys(to.users))
+    if to.topics == []:
+        raise _wrong('"topics" is empty.')
+
+
+def _each_once(names: list[str] | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(dict.fromkeys(names))
 
 
 def _options(body: _Body, headers: list[tuple[bytes, bytes]]) -> Options:
@@ -132,6 +153,8 @@ def _options(body: _Body, headers: list[tuple[bytes, bytes]]) -> Options:
         options["type"] = body.type
     if body.priority:
         options["priority"] = True
+    if body.key is not None:
+        options["key"] = body.key
     traceparent = _header(headers, b"traceparent")
     # One that is malformed is as good as none, says its specification.
     if _TRACEPARENT.fullmatch(traceparent):

@@ -1,13 +1,13 @@
 -- cancel: takes a notification back, unless it was read or is over.
 --
--- KEYS[1]  ts:{<partition>}:meta:<user>
+-- KEYS[1]  ts:{<partition>}:meta:<owner>
 -- ARGV     id, [events]
 -- Reply    {outcome}: cancelled | too late | unknown
 
 local given, wrong = ledger.arguments { id = 1, events = 1 }
 if not given then return ledger.refuse(wrong) end
 local box = ledger.named_box()
-if not box then return ledger.refuse('the key is not ts:{<partition>}:meta:<user>') end
+if not box then return ledger.refuse('the key is not ts:{<partition>}:meta:<owner>') end
 ledger.events_max = ledger.number(given, 'events', 10000, 0, 1e9)
 if given.problem then return ledger.refuse(given.problem) end
 
@@ -23,7 +23,7 @@ if ledger.place(was[3]) then
 else -- it is not yet due
   call('ZREM', PREFIX .. 'due', 'd:' .. id)
   call('HSET', key, 'state', 'cancelled', 'why', 'cancelled')
-  call('HDEL', key, 'payload', 'trace', 'collapse', 'channel')
+  call('HDEL', key, 'payload', 'trace', 'collapse', 'channel', 'sender', 'max')
   call('PEXPIREAT', key, now + DAY)
   ledger.tell('cancelled', box, id, 0, '', 'cancelled')
 end

@@ -20,7 +20,7 @@ local function expire(box, id, life)
     local last = ledger.detail(box, 'expired')
     ledger.change(box, 'expired', ledger.later(last, life.place))
   end
-  if ended and shown then ledger.announce(box, 'expired', { id }, '') end
+  if ended and shown and not ledger.of_topics then ledger.announce(box, 'expired', { id }, '') end
 end
 
 local function fall_back(box, id, life)
@@ -34,7 +34,7 @@ local function deliver(box, id, life)
   local key = PREFIX .. 'n:' .. id
   local expires = ledger.whole(life.expires)
   if life.state ~= 'accepted' or life.place or not expires or not life.payload then return end
-  call('HDEL', key, 'payload', 'trace', 'collapse', 'channel')
+  call('HDEL', key, 'payload', 'trace', 'collapse', 'channel', 'sender', 'max')
   if expires <= now then -- nobody has called for that long
     call('HSET', key, 'state', 'expired')
     ledger.tell('expired', box, id, 0, '', '')
@@ -50,7 +50,8 @@ local function deliver(box, id, life)
     collapse = life.collapse,
     fallback = ledger.whole(life.fallback),
     channel = life.channel,
-  }, inbox_limit)
+    sender = life.sender,
+  }, ledger.whole(life.max) or inbox_limit)
 end
 
 local ACTS = { x = expire, f = fall_back, d = deliver }

@@ -5,10 +5,14 @@
 -- so they lie in the same slot of a cluster. ARGV is name, value, name, value...
 --
 -- Words
---   inbox    the stream of one user, or of everyone. Its entries are notifications (`i` id, `t`
---            type, `p` payload, `x` when it expires, maybe `c` trace context) and updates (`u`
---            state, `i` ids): of these notifications others have to hear that they were read, or
---            went away.
+--   inbox    the stream of one user, of everyone, or of a topic. Its entries are notifications (`i`
+--            id, `t` type, `p` payload, `x` when it expires, maybe `c` trace context and `f` from
+--            whom) and updates (`u` state, `i` ids): of these notifications others have to hear that
+--            they were read, or went away.
+--   shared   an inbox that many read: that of everyone, and those of the topics, in partitions of
+--            their own (t00 to t15). What is unread in it, and what a device has got, is not known.
+--            Of a topic's notifications there are no events either, and that they expire is not
+--            announced: both would be about as many as there are notifications.
 --   place    the id of an entry: <ms>-<n>. n is seq * 4096 for a notification; an update carries
 --            the seq of the newest notification and adds something. So n tells the seq, and ms
 --            keeps the order even where a failover has rewound the seq.
@@ -34,6 +38,7 @@ local ledger = {}
 local SPAN = 4096
 local DAY = 86400000
 local KEPT = 45 * DAY -- meta, cursors and holes, after they were last needed
+local TOLD = 300000 -- the life of a topic's notification after its end: enough for repetitions
 local SEEN = 30 * DAY -- a device that was away for longer is forgotten
 local LIFE_FIELDS = 192 -- devices may come under ever new names; a life stays bounded
 
@@ -44,6 +49,8 @@ local RANK = {
 local clock = call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local PREFIX, PARTITION = string.match(KEYS[1] or '', '^(ts:{(%w+)}:)')
+ledger.of_topics = string.byte(PARTITION or '') == 116 -- t
+ledger.shared = ledger.of_topics or PARTITION == 'all'
 
 ---- Requests
 
@@ -163,7 +170,6 @@ function ledger.box_of(owner)
   return {
     owner = owner,
     user = ledger.decoded(owner),
-    everyone = PARTITION == 'all',
     meta = PREFIX .. 'meta:' .. owner,
     inbox = PREFIX .. 'inbox:' .. owner,
     changes = {},
@@ -220,7 +226,8 @@ function ledger.point_of(box)
 end
 
 function ledger.usual_channel(box)
-  return box.everyone and 'channels:broadcast' or 'user_noti:' .. box.user
+  if ledger.of_topics then return 'topic:' .. box.user end
+  return ledger.shared and 'channels:broadcast' or 'user_noti:' .. box.user
 end
 
 ---- Epochs
@@ -239,7 +246,7 @@ function ledger.survey(box)
   local since, base
   ledger.each_notification(box.inbox, '0-0', '+', function(its_ms, its_n, id)
     since, base = since or its_ms, base or ledger.seq_of(its_n) - 1
-    local state = not box.everyone and call('HGET', PREFIX .. 'n:' .. id, 'state')
+    local state = not ledger.shared and call('HGET', PREFIX .. 'n:' .. id, 'state')
     if state and (RANK[state] or 0) < RANK.read then box.unread = box.unread + 1 end
   end)
   box.ms, box.n, box.seq = ms, n, ledger.seq_of(n)
@@ -272,10 +279,11 @@ function ledger.renew(box, nonce)
   if box.pace then ledger.change(box, 'pace', box.pace) end
 end
 
--- Whether the key is the one that everybody uses for this user: who gets it wrong would publish to
+-- Whether the key is the one that everybody uses for this owner: who gets it wrong would publish to
 -- where nobody listens. Looked at once per epoch. CRC-32, four bits at a time.
 function ledger.is_at_home(box)
-  if box.everyone then return box.owner == 'all' end
+  if PARTITION == 'all' then return box.owner == 'all' end
+  if ledger.of_topics and (box.user == '' or box.user:find('[^%w.:/_@~-]')) then return false end
   if ledger.encoded(box.user) ~= box.owner or #box.user > 128 then return false end
   local steps = { [0] = 0, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4, 0x4db26158,
     0x5005713c, 0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c, 0x9b64c2b0, 0x86d3d2d4,
@@ -286,14 +294,16 @@ function ledger.is_at_home(box)
     crc = bit.bxor(bit.rshift(crc, 4), steps[bit.band(crc, 15)])
     crc = bit.bxor(bit.rshift(crc, 4), steps[bit.band(crc, 15)])
   end
-  return PARTITION == ('p%02d'):format(bit.band(bit.bxor(crc, 0xffffffff), 63))
+  crc = bit.bxor(crc, 0xffffffff)
+  if ledger.of_topics then return PARTITION == ('t%02d'):format(bit.band(crc, 15)) end
+  return PARTITION == ('p%02d'):format(bit.band(crc, 63))
 end
 
 -- Loads a box, or begins its epoch. Returns what is wrong, if anything.
 function ledger.open(box, nonce)
   if ledger.load(box) then return nil end
   if not ledger.is_at_home(box) then
-    return 'the key has the wrong partition, or does not write the user as it must'
+    return 'the key has the wrong partition, or does not write the user or topic as it must'
   end
   ledger.renew(box, nonce)
 end
@@ -303,6 +313,7 @@ end
 -- Writes an event, once per notification and kind. ledger.events_max is set by scripts that are
 -- told; 0 is no limit. All events have the same fields: then the stream stores the names once.
 function ledger.tell(kind, box, id, seq, device, why)
+  if ledger.of_topics then return end
   local key = PREFIX .. 'n:' .. id
   if kind ~= 'accepted' and call('HSETNX', key, 'e:' .. kind, now) == 0 then return end
   if ledger.events_max > 0 then
@@ -422,7 +433,7 @@ end
 
 -- One is not unread any more. What is from before the epoch has not been counted.
 function ledger.discount(box, ms)
-  if box.everyone or ms < (ledger.whole(ledger.detail(box, 'since')) or 0) then return end
+  if ledger.shared or ms < (ledger.whole(ledger.detail(box, 'since')) or 0) then return end
   box.unread = math.max(0, box.unread - 1)
 end
 
@@ -436,21 +447,21 @@ function ledger.may_be_shown(ms, live)
 end
 
 -- Ends a notification, unless it is over or was read. Returns whether it did, and whether some
--- device may show it.
+-- device may show it; nobody reports that of a topic's.
 function ledger.finish(box, id, where, state, why)
   local ms, n = ledger.place(where)
   local key = PREFIX .. 'n:' .. id
   local was = call('HMGET', key, 'state', 'live')
   local rank = was[1] and (RANK[was[1]] or 0)
   call('ZREM', PREFIX .. 'due', 'x:' .. id, 'f:' .. id)
-  if was[1] then call('PEXPIREAT', key, now + DAY) end
+  if was[1] then call('PEXPIREAT', key, now + (ledger.of_topics and TOLD or DAY)) end
   if rank and rank >= RANK.read then return false, true end
   ledger.discount(box, ms)
   if not rank then return true, true end
   call('HSET', key, 'state', state)
   if why ~= '' then call('HSET', key, 'why', why) end
   ledger.tell(state, box, id, ledger.seq_of(n), '', why)
-  return true, rank > 0 or ledger.may_be_shown(ms, was[2])
+  return true, rank > 0 or ledger.of_topics or ledger.may_be_shown(ms, was[2])
 end
 
 -- Takes back a notification that nobody is to see any more.
@@ -495,19 +506,23 @@ function ledger.make_room(box, limit)
 end
 
 -- Puts a notification into an inbox. item: id, type, payload, expires, and maybe trace, collapse,
--- fallback (when), at (when it was accepted, if earlier), channel.
+-- fallback (when), at (when it was accepted, if earlier), channel, sender.
 function ledger.post(box, item, limit)
   local id, expires = item.id, item.expires
   if item.collapse then ledger.collapse(box, item) end
   local is_first = ledger.make_room(box, limit) == 0
   local before
-  if item.trace then
+  if item.sender then
+    local more = item.trace and { 'f', item.sender, 'c', item.trace } or { 'f', item.sender }
+    before = ledger.append(box, true, 'i', id, 't', item.type, 'p', item.payload, 'x', expires,
+      unpack(more))
+  elseif item.trace then
     before = ledger.append(box, true, 'i', id, 't', item.type, 'p', item.payload, 'x', expires,
       'c', item.trace)
   else
     before = ledger.append(box, true, 'i', id, 't', item.type, 'p', item.payload, 'x', expires)
   end
-  if not box.everyone then box.unread = box.unread + 1 end
+  if not ledger.shared then box.unread = box.unread + 1 end
   if expires > box.ends or is_first then
     -- The inbox lives a day longer than all that is in it; put off by half a day at a time.
     ledger.change(box, 'ends', math.max(box.ends, expires + DAY / 2))
@@ -516,14 +531,15 @@ function ledger.post(box, item, limit)
   local channel = item.channel or box.channel or ledger.usual_channel(box)
   local heard = call('PUBLISH', channel, '\1n["' .. before .. '","' .. ledger.point_of(box) .. '",'
     .. box.unread .. ',"' .. id .. '",' .. ledger.quoted(item.type) .. ',' .. item.payload .. ','
-    .. expires .. ',' .. (item.trace and ledger.quoted(item.trace) or 'null') .. ']')
+    .. expires .. ',' .. (item.trace and ledger.quoted(item.trace) or 'null')
+    .. (item.sender and ',' .. ledger.quoted(item.sender) .. ']' or ']'))
   local key = PREFIX .. 'n:' .. id
   call('HSET', key, 'state', 'accepted', 'user', box.user, 'seq', box.seq, 'place', box.last,
     'type', item.type, 'at', item.at or now, 'expires', expires)
   if heard > 0 then call('HSET', key, 'live', heard) end
   -- Until its end is noticed, which makes it a day. It must not go before: nobody would know then
-  -- whose it was.
-  call('PEXPIREAT', key, expires + KEPT)
+  -- whose it was. In a topic that does no harm: what has expired is not read.
+  call('PEXPIREAT', key, expires + (ledger.of_topics and DAY or KEPT))
   call('ZADD', PREFIX .. 'due', expires, 'x:' .. id)
   if item.fallback then
     call('HSET', key, 'fallback', item.fallback)

@@ -1,16 +1,16 @@
 -- publish: takes a notification, once.
 --
--- KEYS[1]  ts:{<partition>}:meta:<user>
+-- KEYS[1]  ts:{<partition>}:meta:<owner>
 -- ARGV     id, payload, [type, ttl, channel, idempotency_key, idempotency_ttl, collapse_key,
 --          deliver_at, fallback_after, max, events, max_size, traceparent, rate, priority];
---          times in ms
+--          times in ms. To topics also sender, but not fallback_after
 -- Reply    {id, point, seq, outcome}; outcome accepted | duplicate | scheduled (no point, seq 0)
 -- Errors   BADREQUEST, IDEMPOTENCY, RATELIMITED <ms until it would be taken>: nothing has happened
 
 -- What the server and its clients say themselves: nobody may publish what looks like it.
 local RESERVED = ' connection_established gap update message_response heartbeat pong token_expiring'
   .. ' token_refreshed subscribed unsubscribed presence error goodbye auth refresh message ack read'
-  .. ' subscribe unsubscribe publish ping '
+  .. ' subscribe unsubscribe publish ping lagging '
 
 local UUID = '%-%x%x%x%x%x%x%x%x%-%x%x%x%x%-7%x%x%x%-[89ab]%x%x%x%-%x%x%x%x%x%x%x%x%x%x%x%x$'
 
@@ -91,6 +91,12 @@ local function problem_with(given, kind, max_size)
   if trace and not (#trace == 55 and trace:find('^%x%x%-%x+%-%x+%-%x%x$')) then
     return 'traceparent is not 00-<trace id>-<parent id>-<flags>'
   end
+  if ledger.of_topics then
+    if given.fallback_after then return 'fallback_after is not for topics' end
+    if given.sender and not (fits(given.sender, 128) and is_utf8(given.sender)) then
+      return 'sender is not 1 to 128 bytes of UTF-8'
+    end
+  end
 end
 
 ---- Repetitions
@@ -146,7 +152,7 @@ local function schedule(box, item, at)
   local key = PREFIX .. 'n:' .. item.id
   call('HSET', key, 'state', 'accepted', 'user', box.user, 'type', item.type, 'at', now,
     'expires', item.expires, 'due', at, 'payload', item.payload)
-  for _, field in ipairs { 'trace', 'collapse', 'fallback', 'channel' } do
+  for _, field in ipairs { 'trace', 'collapse', 'fallback', 'channel', 'sender', 'max' } do
     if item[field] then call('HSET', key, field, item[field]) end
   end
   call('PEXPIREAT', key, item.expires + KEPT)
@@ -155,14 +161,16 @@ end
 
 ----
 
-local given, wrong = ledger.arguments {
+local known = {
   id = 1, payload = 1, type = 1, ttl = 1, channel = 1, idempotency_key = 1, idempotency_ttl = 1,
   collapse_key = 1, deliver_at = 1, fallback_after = 1, max = 1, events = 1, max_size = 1,
   traceparent = 1, rate = 1, priority = 1,
 }
+if ledger.of_topics then known.sender = 1 end
+local given, wrong = ledger.arguments(known)
 if not given then return ledger.refuse(wrong) end
 local box = ledger.named_box()
-if not box then return ledger.refuse('the key is not ts:{<partition>}:meta:<user>') end
+if not box then return ledger.refuse('the key is not ts:{<partition>}:meta:<owner>') end
 local ttl = ledger.number(given, 'ttl', 7 * DAY, 1000, 30 * DAY)
 local idempotency_ttl = ledger.number(given, 'idempotency_ttl', 300000, 1, 30 * DAY)
 local due = ledger.number(given, 'deliver_at', 0, 0, now + 30 * DAY)
@@ -192,7 +200,7 @@ if given.idempotency_key then
 end
 problem = ledger.open(box)
 if problem then return ledger.refuse(problem) end
-if rate > 0 and not is_urgent and not box.everyone then
+if rate > 0 and not is_urgent and not ledger.shared then
   local wait = take_one(box, rate)
   if wait then return redis.error_reply(('RATELIMITED %.0f'):format(wait)) end
 end
@@ -208,6 +216,15 @@ local item = {
   fallback = fallback and start + fallback,
   channel = given.channel,
 }
+if ledger.of_topics then
+  item.sender = given.sender
+  item.max = limit -- what is due later is published by who does not know it
+  -- Withdrawals are announced by who does not know the prefix.
+  local usual = ledger.usual_channel(box)
+  if item.channel and item.channel ~= (box.channel or usual) then
+    ledger.change(box, 'channel', item.channel)
+  end
+end
 if due > now then
   schedule(box, item, due)
   reply = { id, '', 0, 'scheduled' }

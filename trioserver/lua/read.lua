@@ -1,9 +1,9 @@
 -- read: what a reader has missed, a page of it, with exact gaps.
 --
--- KEYS[1]  ts:{<partition>}:meta:<user>
+-- KEYS[1]  ts:{<partition>}:meta:<owner>
 -- ARGV     [device, connect, ack, point, garbage, head, channel, nonce, all, limit, bytes]
 -- Reply    {epoch, start, reached, unread, more, why, all, item...}; an item is one of
---          {'n', place, id, type, payload, expires, attempt, state, traceparent or ''}
+--          {'n', place, id, type, payload, expires, attempt, state, traceparent or '', sender?}
 --          {'u', place, state, 'id id id'}
 --          {'g', from seq, to seq, missing, reason}
 --
@@ -13,6 +13,10 @@
 -- The clocks on both sides of a failover may differ. A reader from before one is given once more
 -- what is up to so many ms older than its place.
 local FAILOVER_OVERLAP = 60000
+
+-- A topic to which nothing was ever published has no keys: clients may ask for any number of them.
+-- Its epoch has this name, from which is gone on in whatever epoch begins: nothing was before it.
+local UNWRITTEN = 'new'
 
 local box, given
 local items = {}
@@ -58,6 +62,7 @@ end
 local function beginning(known)
   if given.point then
     local epoch, where = ledger.split_point(given.point)
+    if epoch == UNWRITTEN and ledger.of_topics then return '0-0', '', false end
     if epoch == box.epoch then return where, '', false end
     return '0-0', 'epoch', true
   end
@@ -100,6 +105,16 @@ local function contradiction(ms, n, entries)
   return lowest
 end
 
+-- The seq before the first that is there. To who begins, nothing older is missing.
+local function before_all(entries)
+  for i = 1, #entries do
+    local _, n = ledger.place(entries[i][1])
+    local fields = ledger.fields_of(entries[i])
+    if n and fields.i and (ledger.whole(fields.x) or 0) > now then return ledger.seq_of(n) - 1 end
+  end
+  return box.seq
+end
+
 -- Where a reader from before a failover begins, and what is there.
 local function after_failover(ms, count)
   local from = ledger.placed(math.max(0, math.min(ms, box.ms) - FAILOVER_OVERLAP), 0)
@@ -113,12 +128,13 @@ end
 
 -- The state of a notification, and how often this reader was handed it, with this time.
 local function hand_out(id)
+  if ledger.of_topics then return 'accepted', 1 end -- nothing else becomes of it while it is here
   local key = PREFIX .. 'n:' .. id
   local was = call('HMGET', key, 'state', 'live')
   if not was[1] then return 'accepted', 1 end
   -- A full Redis refuses to count; what it has can be read all the same.
   if not was[2] then redis.pcall('HSET', key, 'live', 0) end
-  if box.everyone then return was[1], 1 end
+  if ledger.shared then return was[1], 1 end
   local field = 't:' .. (given.device or '-')
   local attempt = redis.pcall('HINCRBY', key, field, 1)
   if type(attempt) ~= 'number' then return was[1], 1 end
@@ -152,7 +168,7 @@ local function fill(entries, seq, limit, bytes)
       seq, is_first, bytes = ledger.seq_of(n), false, bytes - size
       local state, attempt = hand_out(fields.i)
       items[#items + 1] = { 'n', where, fields.i, fields.t, fields.p, expires, attempt, state,
-        fields.c or '' }
+        fields.c or '', fields.f }
     end
     reached = where
   end
@@ -190,7 +206,7 @@ given, wrong = ledger.arguments {
 }
 if not given then return ledger.refuse(wrong) end
 box = ledger.named_box()
-if not box then return ledger.refuse('the key is not ts:{<partition>}:meta:<user>') end
+if not box then return ledger.refuse('the key is not ts:{<partition>}:meta:<owner>') end
 local limit = ledger.number(given, 'limit', 64, 1, 1000)
 local bytes = ledger.number(given, 'bytes', 262144, 1, 1e9)
 if given.device and #given.device > 128 then given.problem = 'device has more than 128 bytes' end
@@ -201,7 +217,9 @@ end
 wrong = given.problem or ledger.open(box, given.nonce)
 if wrong then return ledger.refuse(wrong) end
 
-local known = not box.everyone and ledger.recorded(box, given.device) or nil
+local is_unwritten = box.is_new and ledger.of_topics and box.last == '0-0'
+if is_unwritten then box.epoch = UNWRITTEN end
+local known = not ledger.shared and ledger.recorded(box, given.device) or nil
 local start, why, is_lost = beginning(known)
 local is_elsewhere = is_lost
 local reached, more = start, 0
@@ -220,6 +238,7 @@ if start ~= box.last then
     ms, n = ledger.place(start)
     seq, why, is_elsewhere = ledger.seq_of(n), 'failover', true
   end
+  if why == 'new' and ledger.of_topics then seq = before_all(entries) end
   reached, more = fill(entries, seq, limit, bytes)
 end
 if why == '' and items[1] and items[1][1] == 'g' then why = items[1][5] end
@@ -228,12 +247,12 @@ if given.connect then
   if given.channel then note_channel() end
   -- One without a name is noted where it stands in the stream for everyone, once.
   local is_noted = given.device or (given.all and not (known and known.all ~= ''))
-  if is_noted and not box.everyone then
+  if is_noted and not ledger.shared then
     local is_done, noted = pcall(note_device, known, start, is_elsewhere)
     known = is_done and noted or known
   end
   call('PEXPIRE', box.meta, KEPT)
 end
-if box.is_new or box.changes[1] then ledger.save(box) end
+if (box.is_new or box.changes[1]) and not is_unwritten then ledger.save(box) end
 local all = known and known.all or ''
 return { box.epoch, start, reached, box.unread, more, why, all, unpack(items) }

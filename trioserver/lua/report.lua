@@ -113,7 +113,7 @@ given, wrong = ledger.arguments {
 }
 if not given then return ledger.refuse(wrong) end
 box = ledger.named_box()
-if not box or box.everyone then
+if not box or ledger.shared then
   return ledger.refuse('the key is not ts:{<partition>}:meta:<user>')
 end
 ledger.events_max = ledger.number(given, 'events', 10000, 0, 1e9)

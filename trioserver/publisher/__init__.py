@@ -14,7 +14,7 @@ round trip to Redis, and is repeated for some seconds if Redis does not answer; 
 arrives once all the same. Other languages call the same script: see ``docs/publishing.md``.
 """
 
-from trioserver.ledger import Accepted
+from trioserver.ledger import Accepted, TopicRules
 from trioserver.publisher.asking import Ephemeral, PublishInterrupted, Result
 from trioserver.publisher.fronts import AsyncioPublisher, Publisher, TrioPublisher
 from trioserver.publisher.request import (
@@ -37,5 +37,6 @@ __all__ = [
     "Publisher",
     "RateLimited",
     "Result",
+    "TopicRules",
     "TrioPublisher",
 ]

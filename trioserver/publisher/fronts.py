@@ -9,7 +9,7 @@ from typing import Literal, Protocol, Self, TypeVar, Unpack, overload
 
 from trioserver.endpoint import Endpoint
 from trioserver.errors import RedisRefused, RedisUnavailable
-from trioserver.ledger import Accepted, Command
+from trioserver.ledger import Accepted, Command, TopicRules
 from trioserver.life import Standing, Trace
 from trioserver.publisher.asking import Asking, Result
 from trioserver.publisher.attempts import DEADLINE_SECONDS, Outcome, Pause, Steps
@@ -36,6 +36,7 @@ class Publisher:
         *,
         settings: Settings | None = None,
         deadline: float = DEADLINE_SECONDS,
+        topics: TopicRules | None = None,
     ) -> None:
         """Remember where Redis is.
 
@@ -44,11 +45,13 @@ class Publisher:
             settings: The server's own, if channels, limits or lifetimes differ from the defaults.
                 The file of PAYLOAD_SCHEMAS is read here, once.
             deadline: Seconds for one call, all repetitions included.
+            topics: Which topics are durable. Without it, those of the settings; if they name none,
+                those of the servers, which have said so in Redis.
 
         Raises:
             SettingsError: The URL is not understood, or PAYLOAD_SCHEMAS cannot be used.
         """
-        self._asking = Asking.of(settings, deadline)
+        self._asking = Asking.of(settings, deadline, topics)
         self._link = BlockingLink(self._asking.endpoint(where), client_name="publisher")
 
     @overload
@@ -60,8 +63,16 @@ class Publisher:
     ) -> Accepted: ...
 
     @overload
+    def publish(self, payload: object, *, topic: str, **options: Unpack[Options]) -> Accepted: ...
+
+    @overload
     def publish(
         self, payload: object, *, users: Iterable[str], **options: Unpack[Options]
+    ) -> list[Result]: ...
+
+    @overload
+    def publish(
+        self, payload: object, *, topics: Iterable[str], **options: Unpack[Options]
     ) -> list[Result]: ...
 
     def publish(
@@ -71,26 +82,32 @@ class Publisher:
         user: str | None = None,
         users: Iterable[str] | None = None,
         everyone: bool = False,
+        topic: str | None = None,
+        topics: Iterable[str] | None = None,
         **options: Unpack[Options],
     ) -> Accepted | list[Result]:
-        """Publish a notification to one user, to several, or to everyone.
+        """Publish a notification to one user, to several, to everyone, or to topics.
 
             publisher.publish("Hello", user="42")
             publisher.publish({"sale": True}, everyone=True, ttl=3600)
             publisher.publish({"n": 1}, users=["42", "43"], idempotency_key="invoice-7")
+            publisher.publish({"price": 7}, topic="ticker.acme", key="acme")
 
         Args:
             payload: Anything that can be JSON; bytes and `msgspec.Raw` are JSON already.
             user: The user's id.
             users: Several ids; each gets a notification of its own.
             everyone: Every user there is, those who are away included.
+            topic: The name of a topic. If that is durable, the notification is kept for those who
+                come later; else it is for those who are subscribed now.
+            topics: Several names.
             options: See `Options`.
 
         Returns:
             What Redis has accepted; ``outcome`` is accepted, scheduled, or duplicate, which means
-            that the idempotency key was used before and this is the answer of then. With ttl 0 an
-            `Ephemeral`. For ``users`` a list in their order; refusals that concern one user alone
-            are values in it.
+            that the idempotency key was used before and this is the answer of then. With ttl
+            0, and for live topics, an `Ephemeral`. For ``users`` and ``topics`` a list in their
+            order; refusals that concern one of them alone are values in it.
 
         Raises:
             PublishRefused: The request is wrong; nothing was published.
@@ -101,11 +118,13 @@ class Publisher:
             PayloadMisfit: The payload does not fit its type's schema.
             RedisUnavailable: Redis did not answer, also not when asked again. Whether the
                 notification was published is unknown; with an idempotency key it may be published
-                again in any case. For ``users`` it is a `PublishInterrupted`.
+                again in any case. For ``users`` and ``topics`` it is a `PublishInterrupted`.
             RedisRefused: Redis takes no commands (out of memory, no permission); nothing was
                 published.
         """
-        steps = self._asking.publish(payload, user, users, options, everyone=everyone)
+        steps = self._asking.publish(
+            payload, user, users, options, everyone=everyone, topic=topic, topics=topics
+        )
         return self._perform(steps)
 
     def cancel(self, notification: str) -> str:
@@ -147,6 +166,19 @@ class Publisher:
             RedisRefused: Redis takes no commands.
         """
         return self._perform(self._asking.notification(notification))
+
+    def topic_rules(self) -> TopicRules | None:
+        """Return which topics are durable, as `publish` goes by it.
+
+        That is what this publisher was told or, if it was told nothing, what the servers say: asked
+        for again after five seconds. None if no server has said anything in a day, or if that may
+        not be read: then every topic is live.
+
+        Raises:
+            RedisUnavailable: Redis did not answer.
+            RedisRefused: Redis takes no commands.
+        """
+        return self._perform(self._asking.topic_rules())
 
     def close(self) -> None:
         """Close the connections that are idle. Idempotent."""
@@ -219,7 +251,17 @@ class AsyncPublisher:
 
     @overload
     async def publish(
+        self, payload: object, *, topic: str, **options: Unpack[Options]
+    ) -> Accepted: ...
+
+    @overload
+    async def publish(
         self, payload: object, *, users: Iterable[str], **options: Unpack[Options]
+    ) -> list[Result]: ...
+
+    @overload
+    async def publish(
+        self, payload: object, *, topics: Iterable[str], **options: Unpack[Options]
     ) -> list[Result]: ...
 
     async def publish(
@@ -229,13 +271,17 @@ class AsyncPublisher:
         user: str | None = None,
         users: Iterable[str] | None = None,
         everyone: bool = False,
+        topic: str | None = None,
+        topics: Iterable[str] | None = None,
         **options: Unpack[Options],
     ) -> Accepted | list[Result]:
-        """Publish a notification to one user, to several, or to everyone.
+        """Publish a notification to one user, to several, to everyone, or to topics.
 
         See `Publisher.publish`.
         """
-        steps = self._asking.publish(payload, user, users, options, everyone=everyone)
+        steps = self._asking.publish(
+            payload, user, users, options, everyone=everyone, topic=topic, topics=topics
+        )
         return await self._perform(steps)
 
     async def cancel(self, notification: str) -> str:
@@ -249,6 +295,10 @@ class AsyncPublisher:
     async def notification(self, notification: str) -> Trace | None:
         """Return the life of a notification; see `Publisher.notification`."""
         return await self._perform(self._asking.notification(notification))
+
+    async def topic_rules(self) -> TopicRules | None:
+        """Return which topics are durable; see `Publisher.topic_rules`."""
+        return await self._perform(self._asking.topic_rules())
 
     async def _perform(self, steps: Steps[T]) -> T:
         outcome: Outcome = None
@@ -283,13 +333,14 @@ class AsyncioPublisher(AsyncPublisher):
         *,
         settings: Settings | None = None,
         deadline: float = DEADLINE_SECONDS,
+        topics: TopicRules | None = None,
     ) -> None:
         """Remember where Redis is; the arguments are those of `Publisher`.
 
         Raises:
             SettingsError: The URL is not understood, or PAYLOAD_SCHEMAS cannot be used.
         """
-        asking = Asking.of(settings, deadline)
+        asking = Asking.of(settings, deadline, topics)
         self._connections = AsyncioLink(asking.endpoint(where), client_name="publisher")
         super().__init__(self._connections, asyncio.sleep, asking)
 
@@ -322,6 +373,7 @@ class TrioPublisher(AsyncPublisher):
         *,
         settings: Settings | None = None,
         deadline: float = DEADLINE_SECONDS,
+        topics: TopicRules | None = None,
     ) -> None:
         """Publish through a link that somebody else has opened.
 
@@ -330,13 +382,15 @@ class TrioPublisher(AsyncPublisher):
             settings: The server's own, if channels, limits or lifetimes differ from the defaults.
                 The file of PAYLOAD_SCHEMAS is read here, once.
             deadline: Seconds for one call, all repetitions included.
+            topics: Which topics are durable. Without it, those of the settings; if they name none,
+                those of the servers, which have said so in Redis.
 
         Raises:
             SettingsError: PAYLOAD_SCHEMAS cannot be used.
         """
         import trio  # noqa: PLC0415 - callers without Trio do not pay for it
 
-        super().__init__(link, trio.sleep, Asking.of(settings, deadline))
+        super().__init__(link, trio.sleep, Asking.of(settings, deadline, topics))
 
     @classmethod
     @asynccontextmanager
@@ -346,6 +400,7 @@ class TrioPublisher(AsyncPublisher):
         *,
         settings: Settings | None = None,
         deadline: float = DEADLINE_SECONDS,
+        topics: TopicRules | None = None,
     ) -> AsyncIterator[Self]:
         """Open a link of its own for the time of the block; the arguments are `Publisher`'s.
 
@@ -355,6 +410,6 @@ class TrioPublisher(AsyncPublisher):
         # Not above: importing trio-asyncio replaces functions of asyncio in the whole process.
         from trioserver.redis_link import open_link  # noqa: PLC0415
 
-        endpoint = Asking.of(settings, deadline).endpoint(where)
+        endpoint = Asking.of(settings, deadline, topics).endpoint(where)
         async with open_link(endpoint, client_name="publisher") as link:
-            yield cls(link, settings=settings, deadline=deadline)
+            yield cls(link, settings=settings, deadline=deadline, topics=topics)

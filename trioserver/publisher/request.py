@@ -15,9 +15,10 @@ import msgspec
 from trioserver import ledger, messages
 from trioserver.auth import check_user
 from trioserver.errors import AuthError, TrioserverError
-from trioserver.ledger import Notification
+from trioserver.ledger import Notification, Owner, Topic, TopicRules
 from trioserver.payload_schemas import Misfit
 from trioserver.settings import Settings
+from trioserver.topics import MAX_NAME, is_name
 
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -85,6 +86,9 @@ class Options(TypedDict, total=False):
     priority: bool
     """Whether it comes through, and is not counted, when the user has already got
     NOTIFICATIONS_PER_MINUTE_PER_USER."""
+    key: str | None
+    """For live topics: what it is about. For a client that is slow, only the newest with one key
+    has to be kept."""
 
 
 @attrs.frozen(kw_only=True)
@@ -92,6 +96,7 @@ class Draft:
     """A notification without its recipient."""
 
     settings: Settings
+    topics: TopicRules
     payload: bytes
     """JSON."""
     type: str = "notification"
@@ -103,58 +108,101 @@ class Draft:
     fallback_after_ms: int | None = None
     traceparent: str | None = None
     priority: bool = False
+    key: str | None = None
 
     @property
     def ephemeral(self) -> bool:
         """Whether it is for those who are connected now, and nothing is kept."""
         return self.ttl_ms == 0
 
-    def addressed(self, user: str | None, now: float, *, name_channel: bool) -> Notification:
-        """Return the notification for a user or, if that is None, for everyone.
+    def kept_for(self, owner: Owner) -> bool:
+        """Return whether it goes to the ledger; else to whoever listens now.
+
+        Raises:
+            PublishRefused: There is no such recipient, or an option means nothing for this one.
+        """
+        if isinstance(owner, Topic):
+            return self._kept_for_topic(checked_topic(owner.name))
+        if self.key is not None:
+            raise PublishRefused("key is for live topics")
+        return not self.ephemeral
+
+    def addressed(self, owner: Owner, now: float, *, name_channel: bool) -> Notification:
+        """Return the notification for a user, for a topic or, if that is None, for everyone.
 
         Args:
-            user: The user's id.
+            owner: The recipient.
             now: Seconds since 1970, for the id.
             name_channel: Whether the settings are the server's own, so that we know on which
                 channel it listens. Else the server's record of it counts.
 
         Raises:
-            PublishRefused: That is no user's id.
+            PublishRefused: That is no user's id, or no name of a topic.
         """
-        partition = ledger.EVERYONE if user is None else ledger.partition(checked_user(user))
+        channel = self.channel(owner)
         ttl_ms = self.ttl_ms
+        if ttl_ms is None:
+            of_users = round(self.settings.notification_ttl * 1000)
+            ttl_ms = self.topics.ttl_ms if isinstance(owner, Topic) else of_users
         return Notification(
-            user=user,
+            user=owner,
             payload=self.payload,
             type=self.type,
-            ttl_ms=round(self.settings.notification_ttl * 1000) if ttl_ms is None else ttl_ms,
-            id=ledger.new_id(partition, round(now * 1000)),
+            ttl_ms=ttl_ms,
+            id=ledger.new_id(ledger.partition(owner), round(now * 1000)),
             idempotency_key=self.idempotency_key,
             collapse_key=self.collapse_key,
             deliver_at_ms=self.deliver_at_ms,
             fallback_after_ms=self.fallback_after_ms,
             traceparent=self.traceparent,
-            channel=self.channel(user) if name_channel else None,
+            channel=channel if name_channel else None,
             priority=self.priority,
         )
 
-    def channel(self, user: str | None) -> str:
-        """Return where the server listens for a user or, if that is None, for everyone.
+    def channel(self, owner: Owner) -> str:
+        """Return where the server listens for a user, a topic or, if that is None, for everyone.
 
         Raises:
-            PublishRefused: That is no user's id.
+            PublishRefused: That is no user's id, or no name of a topic.
         """
-        name = self.settings.broadcast_channel
-        if user is not None:
-            name = self.settings.user_channel.replace("{user}", checked_user(user))
-        return self.settings.channel_prefix + name
+        prefix = self.settings.channel_prefix
+        if owner is None:
+            return prefix + self.settings.broadcast_channel
+        if isinstance(owner, Topic):
+            return ledger.topic_channel(prefix, checked_topic(owner.name))
+        return prefix + self.settings.user_channel.replace("{user}", checked_user(owner))
 
     def raw(self) -> bytes:
         """Return what a plain PUBLISH carries."""
-        return messages.raw_publish(self.type, self.payload)
+        if self.key is None:
+            return messages.raw_publish(self.type, self.payload)
+        payload = msgspec.Raw(self.payload)
+        return messages.encode(messages.RawPublication(payload, self.type, self.key))
+
+    def _kept_for_topic(self, name: str) -> bool:
+        if self.fallback_after_ms is not None:
+            raise PublishRefused("fallback_after means nothing for a topic: it is nobody's own")
+        if self.priority:
+            raise PublishRefused("priority means nothing for a topic, which has no limit")
+        if self.ephemeral:
+            return False
+        if self.topics.durable.matches(name):
+            if self.key is not None:
+                raise PublishRefused(f"key is for live topics, and {name} is durable")
+            return True
+        lasting = "ttl" if self.ttl_ms is not None else _lasting(self)
+        if lasting:
+            raise PublishRefused(f"{lasting} means nothing for {name}, which is a live topic")
+        return False
 
 
-def draft(payload: object, options: Options, settings: Settings, now: float) -> Draft:
+def draft(
+    payload: object,
+    options: Options,
+    settings: Settings,
+    now: float,
+    topics: TopicRules | None = None,
+) -> Draft:
     """Return a draft of what a caller said.
 
     Args:
@@ -162,6 +210,7 @@ def draft(payload: object, options: Options, settings: Settings, now: float) -> 
         options: As the caller gave them.
         settings: Limits and defaults.
         now: Seconds since 1970.
+        topics: Which topics are durable; without it, what the settings say.
 
     Raises:
         PublishRefused: Something of it cannot be.
@@ -180,10 +229,12 @@ def draft(payload: object, options: Options, settings: Settings, now: float) -> 
         fallback_after_ms=_milliseconds("fallback_after", options.get("fallback_after")),
         traceparent=_traceparent(options.get("traceparent")),
         priority=_flag("priority", options.get("priority", False)),
+        key=_key("key", options.get("key"), messages.MAX_KEY),
+        topics=TopicRules.of(settings) if topics is None else topics,
     )
     try:
         # What the workers would drop is better refused here, where somebody hears of it.
-        messages.notification_from_raw(made.raw(), "", settings.notification_max_size)
+        messages.publication(made.raw(), settings.notification_max_size)
     except messages.BadPublish as problem:
         raise PublishRefused(str(problem)) from None
     if made.ephemeral and (lasting := _lasting(made)):
@@ -203,6 +254,19 @@ def checked_user(user: object) -> str:
         return check_user(user)
     except AuthError:
         raise PublishRefused("a user has 1 to 128 bytes of printable text") from None
+
+
+def checked_topic(name: object) -> str:
+    """Return ``name`` if a topic may have it.
+
+    Raises:
+        PublishRefused: None may.
+    """
+    if not isinstance(name, str):
+        raise PublishRefused("a topic is a string")
+    if not is_name(name):
+        raise PublishRefused(f"a topic has 1 to {MAX_NAME} of A-Z a-z 0-9 . : / _ @ ~ -")
+    return name
 
 
 def _json(payload: object) -> bytes:
@@ -255,8 +319,8 @@ def _moment(value: object, now: float) -> int | None:
     return round(seconds * 1000)
 
 
-def _key(name: str, value: object) -> str | None:
-    return None if value is None else _text(name, value, ledger.MAX_KEY_BYTES)
+def _key(name: str, value: object, most: int = ledger.MAX_KEY_BYTES) -> str | None:
+    return None if value is None else _text(name, value, most)
 
 
 def _text(name: str, value: object, most: int) -> str:
