@@ -509,7 +509,8 @@ class Chats:
         came = chat_store.attached(reply)
         self._supersede(came.before)
         if came.outcome == chat_store.UNKNOWN:
-            chat.replaced()
+            if chat.owner == owner:  # else its client has logged in, and may have it made
+                chat.replaced()
             self._await(chat)
         elif came.outcome == chat_store.FORBIDDEN and chat.owner != owner:
             self._await(chat)  # its client has logged in meanwhile

@@ -351,6 +351,8 @@ class Connection:
         user = self._session.user
         if self._sitting is not None:
             self._sitting.sit(self, self.shared.chats, user)
+            if self.reason is not None:
+                return
         if user is not None:
             self._follow(user)
         if outbox.corked:
@@ -391,6 +393,8 @@ class Connection:
         else:
             self.outbox.offer(frame)
         self.hasten(self._next_moment())
+        # It may not have been read for a reason that has gone meanwhile.
+        self.resume()
 
     def _say(self, message: bytes) -> None:
         """Send a message that nobody has asked for."""
@@ -714,7 +718,8 @@ class Connection:
         tally = shared.tally
         replies: list[bytes] = []
         verdict = ping = None
-        for opcode, payload in events:
+        coming = iter(events)
+        for opcode, payload in coming:
             if opcode == frames.TEXT:
                 self._message_since = None
                 tally.messages_in += 1
@@ -728,6 +733,8 @@ class Connection:
                     self._count(action)
                     continue
                 verdict = self._perform(action, replies)
+                if self._sitting is not None and self._sitting.waits:
+                    self._sitting.rest.extend(coming)
             elif opcode == frames.CLOSE:
                 self._peer_code = payload[:2]
             elif opcode == frames.BINARY:
@@ -862,6 +869,15 @@ class Connection:
             self._watch(self._interest & ~READ)
         return None
 
+    def _go_on(self, sitting: Sitting, claims: Claims) -> None:
+        """Log in now that everything before has been read, then process what came behind."""
+        sitting.waits = False
+        self._log_in(claims)
+        rest, sitting.rest = sitting.rest, []
+        verdict = None if self.reason is not None else self._process(rest, self.shared.pump.now)
+        if verdict is not None:
+            self.end(verdict)
+
     def _log_in(self, claims: Claims) -> None:
         self._session.authenticated(claims.user)
         self._enter()
@@ -911,8 +927,7 @@ class Connection:
             self.shared.blocked.discard(self)
             sitting = self._sitting
             if sitting is not None and sitting.waits and self._claims and self.reason is None:
-                sitting.waits = False
-                self._log_in(self._claims)
+                self._go_on(sitting, self._claims)
             self._watch(self._wanted())
             self._check_settled()
             if self._feed is not None and self.reason is None:

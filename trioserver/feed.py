@@ -230,7 +230,8 @@ class Feed:
             self._progress.rewinding = False
             if self._is_another_history(page):
                 self._progress.new_epoch()
-        if self._host.outbox.corked:
+        # Once: what is read while that waits for something else comes behind it.
+        if first and self._host.outbox.corked:
             where = position.join(page.start_point, self._everyone.point)
             self._host.shared.tally.resumed += not page.why
             self._host.establish(where, page.why, self._frames_of(page, everyone=False))
@@ -323,6 +324,8 @@ class Feed:
                 return
             track.point = entry.point  # each frame names its own
             self._deliver(entry, everyone=everyone)
+            if self._host.reason is not None:
+                return
         track.point = newest
         if again:
             self._read(everyone=everyone)

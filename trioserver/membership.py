@@ -263,6 +263,7 @@ class KeptMembership(Membership):
         "_is_wanted",
         "_since",
         "_track",
+        "_wished",
     )
 
     def __init__(self, whose: Owner, host: Subscriber, topic: Particulars) -> None:
@@ -270,6 +271,8 @@ class KeptMembership(Membership):
         self._track: Track[Entry] = Track()
         self._since: str | None = None
         """Where the client wants to begin, while the track has no point; None is the end."""
+        self._wished: messages.Subscribe | None = None
+        """Who has said so."""
         self._is_spilled = host.shared.policies.of_topic(topic.name) is Policy.SPILL
         """Whether what its client does not take stays in the ledger."""
         self._is_wanted = False
@@ -285,17 +288,16 @@ class KeptMembership(Membership):
         """Up to where it was sent; empty if nobody knows."""
         return self._track.point
 
-    def _wait(self, message: messages.Subscribe, now: float) -> None:
-        super()._wait(message, now)
-        if message.since is None:
-            return
-        self._since = message.since
-        self._track.forget()
-        if self._is_reading:
-            self._is_stale = True
-
     def _begin(self) -> None:
         """Read from where it begins, unless that is known: `answered` says that it is there."""
+        # Only now: what was answered `unavailable` is not wanted any more.
+        wished = next((one for one in reversed(self.asked) if one.since is not None), None)
+        if wished is not None and wished is not self._wished:
+            self._wished = wished
+            self._since = wished.since
+            self._track.forget()
+            if self._is_reading:
+                self._is_stale = True
         point = self._track.point
         if point:
             self._say_subscribed(position.join("", point))

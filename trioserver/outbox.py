@@ -305,7 +305,10 @@ class Outbox:
             self._held = [held, frame]
             self._held_bytes = len(held)
         self._held_bytes += len(frame)
-        return self._held_bytes < JOINED_BYTES or self.release()
+        if self._held_bytes >= JOINED_BYTES:
+            # What is given up of the others is no verdict about this one.
+            self.release()
+        return not self.closed
 
     deliver = hold
     """`hold` for a text frame that many may get."""

@@ -8,6 +8,7 @@ import attrs
 
 from trioserver.chat import Chat, Host
 from trioserver.chats import Chats
+from trioserver.frames import Event
 
 Page = tuple[str | None, str, bytes]
 """What a feed has to say in the beginning: position, why it is no other, frames."""
@@ -27,6 +28,8 @@ class Sitting:
     """What the feed had to say meanwhile."""
     waits: bool = False
     """Whether a client that has logged in has still to read what it was sent before."""
+    rest: list[Event] = attrs.field(factory=list)
+    """What has come behind that, to be processed then."""
     refused_at: float | None = None
     """When it turned out that the session which it wants is a user's; None if it may have it."""
 
@@ -37,6 +40,8 @@ class Sitting:
         if self.chat is not None and self.asked not in {"", self.chat.session_id}:
             self.chat.depart()
             self.chat = None
+            if host.reason is not None:
+                return  # It could not even be told of that.
         if self.chat is None:
             self.chat = chats.open(host, self.asked, user)
         elif user is not None:

@@ -3,6 +3,7 @@
 import json
 from typing import Final
 
+import attrs
 import msgspec
 import pytest
 import trio
@@ -38,6 +39,7 @@ from trioserver.errors import CloseReason
 from trioserver.ledger import Change, Gap, Notice
 from trioserver.memberships import MAX_OWN
 from trioserver.slow_policies import Policies
+from trioserver.topics import Patterns
 from trioserver.track import MAX_HELD
 
 FILLING: Final = b"x" * 9000
@@ -544,3 +546,25 @@ async def test_who_lags_is_told_so_before_he_is_read_for_again(*, again: bool) -
         assert [1] == await seqs(client, 1)
         await stage.enter("kept.1", entry(2))
         assert [2] == await seqs(client, 1)
+
+
+async def test_a_since_that_was_answered_unavailable_is_not_read() -> None:
+    """The client was told to ask again; what it has goes on where it stood."""
+    with trio.fail_after(LIMIT):
+        async with running() as worker:
+            desk = worker.shared.desk
+            desk.rules = attrs.evolve(desk.rules, durable=Patterns.of(("news",)))
+            desk.public = Patterns.of(("**",))
+            client = await worker.join()
+            await client.send(text({"type": "subscribe", "topic": "news", "ref": "1"}))
+            assert "subscribed" == (await client.message())["type"]
+            (kept,) = worker.only().topics._all.values()
+            worker.follower.patient = True
+            again = {"type": "subscribe", "topic": "news", "ref": "2", "since": "start"}
+            await client.send(text(again))
+            await until(lambda: bool(kept.asked))
+            worker.only().topics.due(worker.pump.now + 6)
+            assert "unavailable" == (await client.message())["code"]
+            stood = kept.point
+            worker.follower.confirm(kept.topic.channel)
+            assert stood == kept.point != ""

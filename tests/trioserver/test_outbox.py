@@ -756,3 +756,16 @@ def test_much_in_one_turn_goes_out_before_it_is_over() -> None:
         for _ in range(JOINED_BYTES // 10_000 + 1):
             outbox.deliver(b"\x81" + b"x" * 9_999)
         assert drain(pair.client)
+
+
+def test_a_frame_is_accepted_whatever_becomes_of_the_others() -> None:
+    """What is given up of the same turn is no verdict about this one."""
+    with Pair() as pair:
+        outbox, _ = made(pair, 1 << 20)
+        fill(outbox)
+        while outbox.waiting_bytes < (1 << 20) - 9000:
+            outbox.offer(b"\x81" + b"h" * 4_999)
+        for frame in softs(7, 9_000):
+            assert outbox.deliver(frame)
+        assert outbox.deliver(b"\x81" + b"k" * 2_999)
+        assert outbox.hold(PING)
