@@ -475,6 +475,10 @@ class Twins:
         now = [member for at, member in waiting if at <= before][:limit]
         for member in now:
             self.world.settle(member, room, before)
+            if self.listening and member.startswith("d"):
+                # What collapses into the next one of the same call has been announced by then.
+                note = self.world.notes[member[2:]]
+                note.shown |= note.seq > 0
         reply = self.caller.run(ledger.due(where, rules=_rules(room), limit=limit))
         done, wait = ledger.settled(reply)
         assert len(now) == done
