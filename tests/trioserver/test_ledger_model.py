@@ -5,7 +5,8 @@ from typing import Final
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -409,14 +410,22 @@ FRESH: Final = 10
 the one before, and here new histories find more than varied ones."""
 
 
-def explore(stage: Stage, runs: int, steps: int) -> None:
-    """Live through many histories."""
+def explore(stage: Stage, runs: int, steps: int, *, anew: bool) -> None:
+    """Live through many histories.
+
+    Args:
+        stage: Where.
+        runs: How many.
+        steps: Of each.
+        anew: Whether they are others each time; else a push would fail for what it has not changed.
+    """
     profile = settings(
         max_examples=FRESH,
         stateful_step_count=steps,
         deadline=None,
         print_blob=True,
         report_multiple_bugs=False,
+        database=DirectoryBasedExampleDatabase(".hypothesis/examples") if anew else None,
         # No explanations: they trace each line, and faulthandler's dump does not survive that.
         phases=[Phase.reuse, Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
@@ -425,15 +434,16 @@ def explore(stage: Stage, runs: int, steps: int) -> None:
     def machine() -> AnyHistory:
         return AnyHistory(stage)
 
-    for _ in range(runs // FRESH):
+    for number in range(runs // FRESH):
         # Any callable does; only its type says otherwise.
-        run_state_machine_as_test(machine, settings=profile)  # type: ignore[arg-type]
+        factory = machine if anew else seed(number)(machine)
+        run_state_machine_as_test(factory, settings=profile)  # type: ignore[arg-type]
 
 
 @pytest.mark.timeout(300)  # shrinking a failure takes longer than success
 def test_any_history(stage: Stage) -> None:
     """Whatever happens in whichever order, Redis and the model agree on every promise."""
-    explore(stage, 100, 30)
+    explore(stage, 100, 30, anew=False)
 
 
 @pytest.mark.slow
@@ -441,4 +451,4 @@ def test_any_history(stage: Stage) -> None:
 @pytest.mark.parametrize("batch", range(50))
 def test_long_histories(stage: Stage, batch: int) -> None:
     """The same, for longer: 500 histories of 50 steps."""
-    explore(stage, FRESH, 50)
+    explore(stage, FRESH, 50, anew=True)
