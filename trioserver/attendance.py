@@ -18,17 +18,19 @@ import random
 from collections.abc import Callable, Iterable
 from itertools import islice
 from time import time
-from typing import Final, Protocol
+from typing import Final
 
 import attrs
 import msgspec
 import trio
 
 from trioserver import fleet, presence
+from trioserver.desk import Asking, Member
 from trioserver.errors import RedisRefused, RedisUnavailable
 from trioserver.fleet import Lives
 from trioserver.ledger import Command
 from trioserver.messages import Error, Presence
+from trioserver.pauses import Pauses
 from trioserver.presence_page import look, run
 from trioserver.presence_sweeper import Sweeper
 from trioserver.redis_link import RedisLink, Reply
@@ -72,41 +74,6 @@ RETRY_SECONDS: Final = 1.0
 INFINITY: Final = float("inf")
 
 
-class Describes(Protocol):
-    """What a client is, beside a user."""
-
-    @property
-    def client_type(self) -> str:
-        """What kind it says it is."""
-
-
-class Member(Protocol):
-    """A connection, as far as it matters here."""
-
-    @property
-    def user(self) -> str | None:
-        """Whose it is; nobody's are not entered."""
-
-    @property
-    def connection_id(self) -> str:
-        """Its id, unique in the fleet."""
-
-    @property
-    def device(self) -> str:
-        """The device's name; empty if it has none."""
-
-    @property
-    def caller(self) -> Describes:
-        """Who is on the other side."""
-
-
-class Waiter(Protocol):
-    """Who has asked. Must not raise."""
-
-    def attended(self, answer: Presence | Error) -> None:
-        """Take the answer: a page, or the error ``unavailable``; the ``ref`` is in it."""
-
-
 Question = tuple[str, str | None]
 """A topic, and behind which entry to begin."""
 
@@ -117,7 +84,7 @@ class _Asked:
 
     due: float
     """When the first of them is to have it, by Trio's clock."""
-    waiters: list[tuple[Waiter, str | None]] = attrs.field(factory=list)
+    waiters: list[tuple[Asking, str | None]] = attrs.field(factory=list)
 
 
 class _Room:
@@ -274,7 +241,7 @@ class Attendance:
             self._bound()
         self._news.set()
 
-    def ask(self, waiter: Waiter, topic: str, after: str | None, ref: str | None) -> None:
+    def ask(self, waiter: Asking, topic: str, after: str | None, ref: str | None) -> None:
         """Have ``waiter`` told who is there; synchronous.
 
         Answered exactly once, within `ANSWER_SECONDS` however Redis is.
@@ -372,7 +339,7 @@ class Attendance:
     # The entries.
 
     async def _keep_entries(self, link: RedisLink) -> None:
-        pause = PAUSE_FIRST
+        pauses = Pauses(PAUSE_FIRST, PAUSE_CAP, self._rng)
         while not self._finished:
             self._news = trio.Event()
             self._catch_up()
@@ -383,10 +350,9 @@ class Attendance:
                 continue
             await trio.sleep(GATHER_SECONDS)
             if await self._flush(link):
-                pause = PAUSE_FIRST
+                pauses.reset()
             else:
-                await trio.sleep(pause * self._rng.uniform(0.5, 1.5))
-                pause = min(PAUSE_CAP, pause * 2)
+                await trio.sleep(pauses.take())
 
     def _due(self) -> float:
         """Return when there is something to tell Redis."""
@@ -557,7 +523,7 @@ class Attendance:
             self._log_bug("reading who is there", bug)
         return _unavailable()
 
-    def _tell(self, waiter: Waiter, answer: Presence | Error, ref: str | None) -> None:
+    def _tell(self, waiter: Asking, answer: Presence | Error, ref: str | None) -> None:
         try:
             waiter.attended(answer if ref is None else msgspec.structs.replace(answer, ref=ref))
         except Exception as bug:  # noqa: BLE001 - the others are not to blame

@@ -26,9 +26,7 @@ Two scripts write (``lua/chat_attach.lua``, ``lua/chat_commit.lua``). Each sessi
 slot of its own, so on a cluster each needs a command of its own.
 """
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final, cast
 
 import attrs
@@ -46,17 +44,10 @@ SESSIONS_PER_COMMAND: Final = 128
 # ---- Scripts
 
 
-def _script(name: str) -> Script:
-    text = (Path(__file__).parent / "lua" / f"{name}.lua").read_bytes()
-    return Script(name, text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
+ATTACH: Final = Script.of("chat_attach")
+COMMIT: Final = Script.of("chat_commit")
 
-
-ATTACH: Final = _script("chat_attach")
-COMMIT: Final = _script("chat_commit")
-
-LOADS: Final[tuple[Command, ...]] = tuple(
-    ("SCRIPT", "LOAD", script.text) for script in (ATTACH, COMMIT)
-)
+LOADS: Final[tuple[Command, ...]] = tuple(script.load for script in (ATTACH, COMMIT))
 """The commands that make the scripts known to Redis."""
 
 

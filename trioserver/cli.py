@@ -28,7 +28,7 @@ from trioserver.cli_options import (
 from trioserver.errors import CommandError, RedisError, SettingsError, TrioserverError
 from trioserver.settings import Settings
 from trioserver.statedir import StateDir
-from trioserver.topics import is_name
+from trioserver.topics import NAME_IN_WORDS, is_name
 
 if TYPE_CHECKING:
     from trioserver.auth import Claims
@@ -308,7 +308,7 @@ def listen(
         raise click.UsageError("say either --user U or --token TOKEN")
     for name in topic:
         if not is_name(name):
-            raise click.UsageError(f"--topic {name}: 1 to 128 of A-Z a-z 0-9 . : / _ @ ~ -")
+            raise click.UsageError(f"--topic {name}: {NAME_IN_WORDS}")
     renew = None if user is None else _signer(settings, user, topic)
     listening = Listening(
         url=url or f"{settings.ws_scheme}://{_local(settings.ws_host)}:{settings.ws_port}/ws",

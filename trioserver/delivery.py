@@ -140,13 +140,11 @@ class Delivery:
         self, topic: bytes, frame: bytes, arrived: float, skipped: Outbox | None = None
     ) -> Awaitable[None] | None:
         """Deliver a frame to all who want ``topic``, but one."""
-        outboxes = self.hub.outboxes(topic)
-        if skipped is not None:
-            outboxes = tuple([outbox for outbox in outboxes if outbox is not skipped])
-        if len(outboxes) > OFFERS_PER_TURN:
-            return self._fan_out(topic, outboxes, frame, arrived)
-        accepted = sum([outbox.deliver(frame) for outbox in outboxes])
-        self._count(accepted, len(outboxes) - accepted, len(frame))
+        present = self.hub.find(topic)
+        if isinstance(present, set) and len(present) > OFFERS_PER_TURN:
+            return self._fan_out(topic, frame, arrived, skipped)
+        accepted, refused = self.hub.deliver(topic, frame, skipped)
+        self._count(accepted, refused, len(frame))
         self._held(accepted, arrived)
         return None
 
@@ -216,9 +214,10 @@ class Delivery:
         self.log_malformed(topic, str(problem))
 
     async def _fan_out(
-        self, topic: bytes, outboxes: tuple[Outbox, ...], frame: bytes, arrived: float
+        self, topic: bytes, frame: bytes, arrived: float, skipped: Outbox | None
     ) -> None:
-        """Offer ``frame`` to many, in turns."""
+        """Offer ``frame`` to a snapshot of many, in turns."""
+        outboxes = [one for one in self.hub.outboxes(topic) if one is not skipped]
         delivered = 0
         has = self.hub.has
         for start in range(0, len(outboxes), OFFERS_PER_TURN):

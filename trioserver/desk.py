@@ -36,10 +36,6 @@ class Member(Protocol):
     def device(self) -> str:
         """What the client calls itself; empty if it has no name."""
 
-    @property
-    def since(self) -> float:
-        """When it began, in seconds since 1970."""
-
 
 class Asking(Protocol):
     """Who has asked who is subscribed."""

@@ -316,8 +316,6 @@ class Feed:
         following, again = track.reached(point, more=False)
         newest, track.point = track.point, point
         for entry in following:
-            if self._spills:
-                self._host.outbox.release()  # What was held may be much, so each counts.
             if self._lags(everyone=everyone):
                 track.begin()
                 self._spill(everyone=everyone)
@@ -356,11 +354,7 @@ class Feed:
         """Return whether the client is to be left behind in this stream."""
         if not self._spills & (_EVERYONE if everyone else _OWN):
             return False
-        outbox = self._host.outbox
-        if not outbox.half_full:
-            return False
-        outbox.release()  # The client may have taken what this turn has brought.
-        return outbox.half_full
+        return self._host.outbox.lags()
 
     def _spill(self, *, everyone: bool) -> None:
         """Leave a stream, whose track is not live, in the ledger until `read_on`."""

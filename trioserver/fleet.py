@@ -30,9 +30,7 @@ Two scripts write (``lua/enter.lua``, ``lua/lease.lua``), each in one slot of a 
 """
 
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Final, cast
 
 import attrs
@@ -60,17 +58,10 @@ MOST_PAGES: Final = 50
 # ---- Scripts
 
 
-def _script(name: str) -> Script:
-    text = (Path(__file__).parent / "lua" / f"{name}.lua").read_bytes()
-    return Script(name, text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
+ENTER: Final = Script.of("enter")
+LEASE: Final = Script.of("lease")
 
-
-ENTER: Final = _script("enter")
-LEASE: Final = _script("lease")
-
-LOADS: Final[tuple[Command, ...]] = tuple(
-    ("SCRIPT", "LOAD", script.text) for script in (ENTER, LEASE)
-)
+LOADS: Final[tuple[Command, ...]] = tuple(script.load for script in (ENTER, LEASE))
 """The commands that make the scripts known to Redis."""
 
 

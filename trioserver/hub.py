@@ -49,16 +49,16 @@ class Hub:
         del self._topics[topic]
         return True
 
-    def deliver(self, topic: bytes, frame: bytes) -> tuple[int, int]:
-        """Deliver ``frame`` to all of ``topic``; return how many accepted and how many refused.
+    def deliver(self, topic: bytes, frame: bytes, skipped: Outbox | None = None) -> tuple[int, int]:
+        """Deliver ``frame`` to all of ``topic`` but one.
 
         For topics of a few outboxes: it does not pause. It goes out when the `Turn` is over.
+
+        Returns:
+            How many accepted, and how many refused.
         """
-        present = self._topics.get(topic)
-        if isinstance(present, Outbox):
-            return (1, 0) if present.deliver(frame) else (0, 1)
         # A snapshot, because an outbox that breaks or overflows removes itself meanwhile.
-        snapshot = tuple(present or ())
+        snapshot = [outbox for outbox in self.outboxes(topic) if outbox is not skipped]
         accepted = sum([outbox.deliver(frame) for outbox in snapshot])
         return accepted, len(snapshot) - accepted
 

@@ -162,24 +162,29 @@ class Script:
     sha: str
     """By which it is called."""
 
+    @classmethod
+    def of(cls, name: str, library: str = "") -> "Script":
+        """Return the script in the file of this name, behind the library that it needs, if any."""
+        folder = Path(__file__).parent / "lua"
+        parts = [f"{part}.lua" for part in (library, name) if part]
+        text = b"\n".join((folder / part).read_bytes() for part in parts)
+        return cls(name, text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
 
-_folder = Path(__file__).parent / "lua"
-
-
-def _script(name: str) -> Script:
-    text = b"\n".join((_folder / part).read_bytes() for part in ("lib.lua", f"{name}.lua"))
-    return Script(name, text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
+    @property
+    def load(self) -> Command:
+        """The command that makes it known to Redis."""
+        return ("SCRIPT", "LOAD", self.text)
 
 
 SCRIPTS: Final = {
-    name: _script(name) for name in ("publish", "read", "report", "mark", "cancel", "due")
+    name: Script.of(name, "lib") for name in ("publish", "read", "report", "mark", "cancel", "due")
 }
 """By name. The text of a script is ``lib.lua``, a newline, and the script's own file."""
 
 
 def loads() -> list[Command]:
     """Return the commands that make the scripts known to Redis."""
-    return [("SCRIPT", "LOAD", script.text) for script in SCRIPTS.values()]
+    return [script.load for script in SCRIPTS.values()]
 
 
 def is_noscript(error: str) -> bool:

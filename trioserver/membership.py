@@ -378,7 +378,7 @@ class KeptMembership(Membership):
         track.point = page.reached_point
         for entry in following:
             # What was held may be much, so each counts; what is not sent is read later.
-            if self._is_spilled and self._lags():
+            if self._is_spilled and self._host.outbox.lags():
                 self._spill()
                 return
             track.point = entry.point
@@ -397,7 +397,7 @@ class KeptMembership(Membership):
 
     def _read_again(self) -> None:
         """Read what may have been missed: now, or when the client keeps up."""
-        if self._is_spilled and self._lags():
+        if self._is_spilled and self._host.outbox.lags():
             self._spill()
         else:
             self.want()
@@ -407,7 +407,7 @@ class KeptMembership(Membership):
     def entered(self, entry: Entry, frame: bytes) -> bool:
         """Send what was just published, if it is next."""
         track = self._track
-        if self._is_spilled and track.live and self._lags():
+        if self._is_spilled and track.live and self._host.outbox.lags():
             self._spill()
             return False
         verdict = track.take(entry)
@@ -416,14 +416,6 @@ class KeptMembership(Membership):
         if verdict is Verdict.READ:
             self.catch_up()
         return False
-
-    def _lags(self) -> bool:
-        """Return whether the client is to be left behind."""
-        outbox = self._host.outbox
-        if not outbox.half_full:
-            return False
-        outbox.release()  # The client may have taken what this turn has brought.
-        return outbox.half_full
 
     def _spill(self) -> None:
         """Leave the rest in the ledger until the client has taken what it got."""

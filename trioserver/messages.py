@@ -17,7 +17,7 @@ import msgspec
 
 from trioserver.errors import ClientError
 from trioserver.ledger import MAX_MARKED
-from trioserver.topics import MAX_NAME
+from trioserver.topics import MAX_NAME, NAME_CHARACTERS
 
 Ref = Annotated[str, msgspec.Meta(max_length=64)]
 
@@ -51,7 +51,7 @@ MessageId = Annotated[
 """By which a client tells a message that it sends again from another one."""
 
 TopicName = Annotated[
-    str, msgspec.Meta(min_length=1, max_length=MAX_NAME, pattern=r"^[A-Za-z0-9.:/_@~-]+\Z")
+    str, msgspec.Meta(min_length=1, max_length=MAX_NAME, pattern=rf"^[{NAME_CHARACTERS}]+\Z")
 ]
 
 MAX_KEY: Final = 64

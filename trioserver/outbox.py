@@ -222,6 +222,13 @@ class Outbox:
             return self._is_beyond(waiting or deque(), 1, len(held), 1)
         return self._is_beyond(waiting or deque(), 1, self._held_bytes, len(held))
 
+    def lags(self) -> bool:
+        """Return whether it is `half_full` even when what is held has gone out."""
+        if not self.half_full:
+            return False
+        self.release()  # The client may take what this turn has brought.
+        return self.half_full
+
     def _is_beyond(
         self, waiting: deque[bytes], halves: int, held_bytes: int = 0, held: int = 0
     ) -> bool:

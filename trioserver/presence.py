@@ -23,9 +23,7 @@ Keys of one topic lie in one slot of a cluster. Three scripts write them: ``lua/
 """
 
 import base64
-import hashlib
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Final, cast
 from urllib.parse import unquote
 
@@ -55,20 +53,12 @@ _USERS: Final = b"users"
 # ---- Scripts
 
 
-def _script(name: str) -> Script:
-    folder = Path(__file__).parent / "lua"
-    text = b"\n".join((folder / part).read_bytes() for part in ("presence_lib.lua", f"{name}.lua"))
-    return Script(name, text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
+_COME: Final = Script.of("presence_come", "presence_lib")
+_GO: Final = Script.of("presence_go", "presence_lib")
+_SWEEP: Final = Script.of("presence_sweep", "presence_lib")
+_COUNT: Final = Script.of("presence_count", "presence_lib")
 
-
-_COME: Final = _script("presence_come")
-_GO: Final = _script("presence_go")
-_SWEEP: Final = _script("presence_sweep")
-_COUNT: Final = _script("presence_count")
-
-LOADS: Final[tuple[Command, ...]] = tuple(
-    ("SCRIPT", "LOAD", script.text) for script in (_COME, _GO, _SWEEP, _COUNT)
-)
+LOADS: Final[tuple[Command, ...]] = tuple(script.load for script in (_COME, _GO, _SWEEP, _COUNT))
 """The commands that make the scripts known to Redis."""
 
 

@@ -19,6 +19,7 @@ import trio
 from trioserver import ledger, scripting
 from trioserver.errors import RedisRefused, RedisUnavailable
 from trioserver.ledger import Command
+from trioserver.pauses import Pauses
 from trioserver.redis_link import RedisLink, Reply
 from trioserver.shared import Waiting
 
@@ -67,10 +68,10 @@ class Reader:
         self._gathering = False
         """A lane is about to take what is wanted."""
         self._taken_at = -BUSY_SECONDS
-        self._pause = PAUSE_FIRST
         self._portion = BATCH
         """Reads in the next pipeline: fewer while they do not come in time."""
         self._rng = random.Random()  # noqa: S311 - spreads load, guards nothing
+        self._pauses = Pauses(PAUSE_FIRST, PAUSE_CAP, self._rng)
 
     def want(self, waiter: Waiting, *, everyone: bool) -> None:
         """Ask for a page of the user's own stream or of everyone's, as soon as possible."""
@@ -97,12 +98,11 @@ class Reader:
                 # What has not been handed out; also if we are being stopped.
                 self._put_back(asked)
             if answered:
-                self._pause = PAUSE_FIRST
+                self._pauses.reset()
                 self._portion = min(BATCH, self._portion * 2)
             else:
                 self._portion = max(1, self._portion // 2)
-                await trio.sleep(self._pause * self._rng.uniform(0.5, 1.5))
-                self._pause = min(PAUSE_CAP, self._pause * 2)
+                await trio.sleep(self._pauses.take())
 
     async def _gather(self) -> None:
         """Wait until something is wanted, and for more of it if there is much."""

@@ -11,7 +11,6 @@ collect, up to `MAX_PENDING`; beyond that the oldest are dropped and counted. A 
 duplicate when the device comes back, never a loss.
 """
 
-import random
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Final, NoReturn, Protocol
@@ -22,6 +21,7 @@ import trio
 from trioserver import ledger, scripting
 from trioserver.errors import RedisRefused, RedisUnavailable
 from trioserver.ledger import Command, Rules
+from trioserver.pauses import Pauses
 from trioserver.redis_link import RedisLink, Reply
 from trioserver.tally import Tally
 
@@ -227,8 +227,7 @@ class Receipts:
         """Set when one of these two moments has come nearer."""
         self._away = False
         """Whether the latest batch was not answered."""
-        self._pause = PAUSE_FIRST
-        self._rng = random.Random()  # noqa: S311 - spreads load, guards nothing
+        self._pauses = Pauses(PAUSE_FIRST, PAUSE_CAP)
 
     def late(self, progress: Progress) -> None:
         """Report ``progress`` within `LATE_SECONDS`. What changes until then is in it."""
@@ -289,8 +288,7 @@ class Receipts:
                 await self._news.wait()
             now = trio.current_time()
             if now >= min(self._soon_at, self._late_at) and not await self._flush(link, now):
-                await trio.sleep(self._pause * self._rng.uniform(0.5, 1.5))
-                self._pause = min(PAUSE_CAP, self._pause * 2)
+                await trio.sleep(self._pauses.take())
 
     async def finish(self, link: RedisLink) -> None:
         """Report everything at once, as far as Redis takes it; for the end of a worker."""
@@ -340,7 +338,7 @@ class Receipts:
             for one in work[tried:]:
                 one.missed(self, final=False)
         if well:
-            self._pause = PAUSE_FIRST
+            self._pauses.reset()
         return well
 
     async def _tell(self, link: RedisLink, work: list[_Mark | _Report]) -> bool:

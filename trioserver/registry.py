@@ -41,6 +41,7 @@ from trioserver import fleet, scripting, users
 from trioserver.errors import CloseReason, RedisRefused, RedisUnavailable
 from trioserver.fleet import Card, Doubt, InTheWay, Lease, Lives, Whereabouts
 from trioserver.ledger import Command
+from trioserver.pauses import Pauses
 from trioserver.redis_link import RedisLink, Reply
 from trioserver.users import Users
 
@@ -293,18 +294,17 @@ class Registry:
     # The lease.
 
     async def _keep_lease(self, link: RedisLink) -> None:
-        pause = PAUSE_FIRST
+        pauses = Pauses(PAUSE_FIRST, PAUSE_CAP, self._rng)
         while not self._finished:
             self._hint = trio.Event()
             if await self._renew(link):
-                pause = PAUSE_FIRST
+                pauses.reset()
                 await trio.sleep(HINT_SECONDS)
                 with trio.move_on_after(fleet.RENEW_SECONDS - HINT_SECONDS):
                     await self._hint.wait()
             else:
                 self._lose()
-                await trio.sleep(pause * self._rng.uniform(0.5, 1.5))
-                pause = min(PAUSE_CAP, pause * 2)
+                await trio.sleep(pauses.take())
 
     async def _renew(self, link: RedisLink) -> bool:
         """Renew the lease, and see who lives; return whether that went well."""

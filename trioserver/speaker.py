@@ -12,7 +12,6 @@ clients of this worker say to a topic is published in that order, and as long as
 answered in that order.
 """
 
-import random
 from collections import deque
 from collections.abc import Callable
 from typing import Final, NoReturn, Protocol
@@ -24,6 +23,7 @@ import trio
 from trioserver import envelope, ledger, messages, scripting
 from trioserver.errors import RedisRefused, RedisUnavailable
 from trioserver.ledger import Command, Topic, TopicRules
+from trioserver.pauses import Pauses
 from trioserver.redis_link import RedisLink, Reply
 
 MAX_WAITING: Final = 20_000
@@ -118,10 +118,9 @@ class Speaker:
         """Set when something waits."""
         self._line = trio.Lock()
         """Held while a pipeline is under way."""
-        self._pause = PAUSE_FIRST
         self._portion = BATCH
         """Publications in the next pipeline: fewer while they are not answered in time."""
-        self._rng = random.Random()  # noqa: S311 - spreads load, guards nothing
+        self._pauses = Pauses(PAUSE_FIRST, PAUSE_CAP)
 
     def __len__(self) -> int:
         """Return how many publications wait, those under way not counted."""
@@ -210,12 +209,11 @@ class Speaker:
                 self._news = trio.Event()
                 await self._news.wait()
             if await self._publish_some(link):
-                self._pause = PAUSE_FIRST
+                self._pauses.reset()
                 self._portion = min(BATCH, self._portion * 2)
             else:
                 self._portion = max(1, self._portion // 2)
-                await trio.sleep(self._pause * self._rng.uniform(0.5, 1.5))
-                self._pause = min(PAUSE_CAP, self._pause * 2)
+                await trio.sleep(self._pauses.take())
 
     async def finish(self, link: RedisLink) -> None:
         """Publish all that waits, as far as Redis takes it; for the end of a worker."""

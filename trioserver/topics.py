@@ -29,8 +29,14 @@ _MEMORY: Final = 1 << 14
 
 _SEPARATORS: Final = ".:/"
 
-_is_name: Final = re.compile(rf"[A-Za-z0-9.:/_@~-]{{1,{MAX_NAME}}}").fullmatch
-_is_pattern: Final = re.compile(rf"(?!.*\*\*\*)[A-Za-z0-9.:/_@~*-]{{1,{MAX_NAME}}}").fullmatch
+NAME_CHARACTERS: Final = "A-Za-z0-9.:/_@~-"
+"""Of names, as in a regular expression..."""
+
+NAME_IN_WORDS: Final = f"1 to {MAX_NAME} of A-Z a-z 0-9 . : / _ @ ~ -"
+"""... and for people."""
+
+_is_name: Final = re.compile(rf"[{NAME_CHARACTERS}]{{1,{MAX_NAME}}}").fullmatch
+_is_pattern: Final = re.compile(rf"(?!.*\*\*\*)[*{NAME_CHARACTERS}]{{1,{MAX_NAME}}}").fullmatch
 _parts: Final = re.compile(r"\*\*|\*|[^*]+").findall
 
 
@@ -67,8 +73,7 @@ class Patterns:
         for text in texts:
             if _is_pattern(text) is None:
                 raise ValueError(
-                    f"has {text[:MAX_NAME]!r}, which is no pattern: 1 to {MAX_NAME} of A-Z a-z 0-9 "
-                    f". : / _ @ ~ - with * or **"
+                    f"has {text[:MAX_NAME]!r}, which is no pattern: {NAME_IN_WORDS} with * or **"
                 )
             if "*" not in text:
                 names.append(text)

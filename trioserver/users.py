@@ -18,9 +18,7 @@ What is counted is kept for a moment for whoever asks next (`KEPT_MS`): the unio
 workers takes Redis milliseconds, and each server's gateway asks.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Final, Protocol
 
 from trioserver.fleet import LEASE_SECONDS, LIVES_KEY, RENEW_SECONDS, Lives, clock_ms
@@ -49,14 +47,9 @@ COUNT_KEY: Final = "ts:{fleet}:users"
 """The latest number."""
 
 
-def _script() -> Script:
-    text = (Path(__file__).parent / "lua" / "users.lua").read_bytes()
-    return Script("users", text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
+USERS: Final = Script.of("users")
 
-
-USERS: Final = _script()
-
-LOADS: Final[tuple[Command, ...]] = (("SCRIPT", "LOAD", USERS.text),)
+LOADS: Final[tuple[Command, ...]] = (USERS.load,)
 """The command that makes the script known to Redis."""
 
 

@@ -18,7 +18,7 @@ from trioserver.errors import AuthError, TrioserverError
 from trioserver.ledger import Notification, Owner, Topic, TopicRules
 from trioserver.payload_schemas import Misfit
 from trioserver.settings import Settings
-from trioserver.topics import MAX_NAME, is_name
+from trioserver.topics import NAME_IN_WORDS, is_name
 
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -265,7 +265,7 @@ def checked_topic(name: object) -> str:
     if not isinstance(name, str):
         raise PublishRefused("a topic is a string")
     if not is_name(name):
-        raise PublishRefused(f"a topic has 1 to {MAX_NAME} of A-Z a-z 0-9 . : / _ @ ~ -")
+        raise PublishRefused(f"a topic has {NAME_IN_WORDS}")
     return name
 
 
